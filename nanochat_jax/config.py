@@ -1,0 +1,114 @@
+"""Where things are kept, and how a TOML preset and the command line become one frozen dataclass.
+
+Every script does the same: `config = parse(PretrainConfig, description=__doc__)`. A preset given by
+`--config file.toml` supplies new defaults, flags override it, and tyro makes `--help` from the field
+docstrings. The resolved configuration is saved beside what it made (`to_toml`), so a run can be repeated.
+"""
+
+import dataclasses
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def base_dir() -> Path:
+    """The folder everything is kept in: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat_jax."""
+    named = os.environ.get("NANOCHAT_BASE_DIR")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "nanochat_jax"
+
+
+def parse[C](
+    config_class: type[C], args: Sequence[str] | None = None, description: str | None = None
+) -> C:
+    """Builds `config_class` from `--config PRESET` (a path, or a name in configs/) and flags.
+
+    A mistake on the command line or in the preset ends the program with one sentence, not a traceback.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        preset, args = _take_preset(args)
+        default = (
+            config_class(**_checked(config_class, _read_toml(preset), preset)) if preset else None
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    epilogue = "--config PRESET: a TOML file, or a name in configs/, that supplies the defaults"
+    return tyro.cli(
+        config_class,
+        args=args,
+        default=default,
+        description=f"{description or config_class.__doc__}\n\n{epilogue}",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def to_toml(config: Any) -> str:
+    """A dataclass as TOML, in the order of its fields; None is left out (TOML has no null)."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None:
+            lines.append(f"{field.name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def from_toml[C](config_class: type[C], text: str, where: str) -> C:
+    """The inverse of `to_toml`; an unknown key is a ValueError that names the known ones."""
+    return config_class(**_checked(config_class, tomllib.loads(text), where))
+
+
+def _take_preset(args: list[str]) -> tuple[str | None, list[str]]:
+    rest, preset = [], None
+    position = 0
+    while position < len(args):
+        arg = args[position]
+        if arg == "--config" and position + 1 == len(args):
+            raise ValueError("--config needs the name of a TOML file")
+        if arg == "--config":
+            preset, position = args[position + 1], position + 1
+        elif arg.startswith("--config="):
+            preset = arg.removeprefix("--config=")
+        else:
+            rest.append(arg)
+        position += 1
+    return preset, rest
+
+
+def _read_toml(preset: str) -> dict[str, Any]:
+    candidates = (Path(preset), CONFIGS / preset, CONFIGS / f"{preset}.toml")
+    for path in candidates:
+        if path.is_file():
+            try:
+                return tomllib.loads(path.read_text(encoding="utf-8"))
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{path} is not valid TOML: {error}") from None
+    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.toml")))
+    raise ValueError(f"no preset {preset!r}: give the path of a TOML file or one of: {known}")
+
+
+def _checked(config_class: type, values: dict[str, Any], where: str | None) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(config_class)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
+        )
+    return values
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

@@ -1,0 +1,381 @@
+"""The model: a GPT as a pure function of its parameters, in nanochat's 2025 and 2026 forms.
+
+Shapes: B batch, T time, D model width, N query heads, K key/value heads, H head dim, F = 4·D, V vocabulary,
+P padded vocabulary, L layers. Weights are (out, in); matrices of one shape are stacked over the layers.
+The model knows no mesh: it computes the rows it is given on one device.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from nanochat_jax.attention import causal_attention
+
+SOFTCAP = 15.0  # logits are squashed to ±15
+QK_SHARPEN = 1.2  # 2026: q and k after their norm
+SMEAR_CHANNELS, GATE_CHANNELS = 24, 12  # how much of the stream the 2026 gates look at
+EPS = float(np.finfo(np.float32).eps)
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What the parameters mean; saved with every checkpoint."""
+
+    recipe: str = "2026"
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"  # tiled over the layers; 2025 has full attention
+
+    def __post_init__(self):
+        if self.recipe not in ("2025", "2026"):
+            raise ValueError(f"recipe is '2025' or '2026', not {self.recipe!r}")
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise ValueError(
+                f"n_embd={self.n_embd} must be n_head={self.n_head} times an even number"
+            )
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
+            )
+        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
+            raise ValueError(f"window_pattern is made of S and L, not {self.window_pattern!r}")
+        if self.recipe == "2026" and self.n_embd < SMEAR_CHANNELS:
+            raise ValueError(
+                f"n_embd={self.n_embd} is under the {SMEAR_CHANNELS} channels of smear"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_dim(self) -> int:
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 64) * 64 if self.recipe == "2026" else self.vocab_size
+
+    @property
+    def rope_base(self) -> float:
+        return 100_000.0 if self.recipe == "2026" else 10_000.0
+
+    @property
+    def window_sizes(self) -> tuple[int, ...]:
+        """Keys to the left that each layer sees; the last layer always sees sequence_len of them."""
+        if self.recipe == "2025":
+            return (np.iinfo(np.int32).max,) * self.n_layer
+        short = -(-self.sequence_len // 4 // 128) * 128
+        reach = {"L": self.sequence_len, "S": short}
+        pattern = self.window_pattern.upper()
+        tiled = [reach[pattern[i % len(pattern)]] for i in range(self.n_layer)]
+        return (*tiled[:-1], self.sequence_len)
+
+    @property
+    def value_embed_layers(self) -> tuple[int, ...]:
+        """Layers that own a value embedding: every second one, the last included (2026)."""
+        if self.recipe == "2025":
+            return ()
+        return tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2)
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer: rotary positions, qk-norm, relu² MLP, untied head, no biases.
+
+    `dtype` is the one compute dtype of matrix products and activations; parameters are declared in float32.
+    `attention` names the implementation (attention.py).
+    """
+
+    config: GPTConfig
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "blocked"
+
+    def setup(self):
+        for name, (shape, init) in parameter_table(self.config).items():
+            setattr(self, name, self.param(name, init, shape, jnp.float32))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits (B, T, V) in float32, soft-capped."""
+        logits_BTV = self._logits(tokens_BT).astype(jnp.float32)
+        return SOFTCAP * jnp.tanh(logits_BTV / SOFTCAP)
+
+    def losses(self, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        """Cross-entropy in nats of every position (B, T), float32; 0 where the target is −1."""
+        return softcap_cross_entropy(self._logits(tokens_BT), targets_BT)
+
+    def _logits(self, tokens_BT):
+        x_BTD = self.hidden(tokens_BT)
+        with jax.named_scope("head"):
+            return linear(x_BTD, self.lm_head)[..., : self.config.vocab_size]
+
+    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+        """The normed stream (B, T, D) that the head reads."""
+        config = self.config
+        with jax.named_scope("embed"):
+            x = norm(embed(self.wte, tokens_BT, self.dtype))
+            if config.recipe == "2026":
+                x = smear(x, self.smear_gate, self.smear_lambda)
+        rope = rotary(jnp.arange(tokens_BT.shape[1]), config.head_dim, config.rope_base)
+        layers = self._layers(tokens_BT)
+        x0 = x
+        for i, layer in enumerate(layers):
+            with jax.named_scope(f"layer{i}"):
+                if config.recipe == "2026":
+                    x = mix(self.resid_lambdas[i], x, self.x0_lambdas[i], x0)
+                x = block(config, layer, x, rope, config.window_sizes[i], self.attention)
+            if i == config.n_layer // 2:
+                x_mid = x
+        if config.recipe == "2026":
+            x = mix(1.0, x, -self.backout_lambda[0], x_mid)
+        return norm(x)
+
+    def _layers(self, tokens_BT) -> list[dict[str, jax.Array]]:
+        """The slices of the stacks that each layer uses, and its value embeddings (B, T, K·H)."""
+        qo, kv, fc, proj = (unstack(s) for s in (self.qo, self.kv, self.fc, self.proj))
+        layers = [
+            {"q": q, "k": k, "v": v, "o": o, "fc": fc_i, "proj": proj_i}
+            for q, o, k, v, fc_i, proj_i in zip(
+                qo[::2], qo[1::2], kv[::2], kv[1::2], fc, proj, strict=True
+            )
+        ]
+        if self.config.value_embed_layers:
+            tables, gates = unstack(self.value_embeds), unstack(self.ve_gate)
+            for i, table, gate in zip(self.config.value_embed_layers, tables, gates, strict=True):
+                layers[i] |= {"ve": embed(table, tokens_BT, self.dtype), "gate": gate}
+        return layers
+
+
+def init_params(model: GPT, key: jax.Array) -> Params:
+    """Fresh float32 parameters, as a flat dict of arrays."""
+    return dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def parameter_table(config: GPTConfig) -> dict:
+    """name -> (shape, initialiser) of every parameter: the shapes, and both recipes' distributions."""
+    L, D, P = config.n_layer, config.n_embd, config.padded_vocab_size
+    shapes = {"qo": (2 * L, D, D), "kv": (2 * L, config.kv_dim, D)}
+    shapes |= {"fc": (L, 4 * D, D), "proj": (L, D, 4 * D)}
+    normal, constant = nn.initializers.normal, nn.initializers.constant
+    if config.recipe == "2025":
+        inits = {name: _every_second_zero(normal(_std_2025(shapes[name]))) for name in ("qo",)}
+        inits |= {name: normal(_std_2025(shapes[name])) for name in ("kv", "fc")}
+        table = {"wte": ((P, D), normal(1.0)), "lm_head": ((P, D), constant(0.0))}
+    else:
+        bound = (3 / D) ** 0.5
+        inits = {"qo": _every_second_zero(_uniform(-bound, bound)), "kv": _uniform(-bound, bound)}
+        inits |= {"fc": _uniform(-0.4 * bound, 0.4 * bound)}
+        table = {"wte": ((P, D), normal(0.8)), "lm_head": ((P, D), normal(0.001))}
+    inits["proj"] = constant(0.0)
+    table |= {name: (shape, inits[name]) for name, shape in shapes.items()}
+    return table | (_parameters_2026(config) if config.recipe == "2026" else {})
+
+
+def _parameters_2026(config: GPTConfig) -> dict:
+    L, n_ve = config.n_layer, len(config.value_embed_layers)
+    bound = (3 / config.n_embd) ** 0.5
+    depth = np.arange(L) / max(L - 1, 1)
+    return {
+        "value_embeds": ((n_ve, config.padded_vocab_size, config.kv_dim), _uniform(-bound, bound)),
+        "ve_gate": ((n_ve, config.n_kv_head, GATE_CHANNELS), _uniform(0.0, 0.02)),
+        "smear_gate": ((1, SMEAR_CHANNELS), _uniform(0.0, 0.02)),
+        "resid_lambdas": ((L,), _values(1.15 - 0.10 * depth)),
+        "x0_lambdas": ((L,), _values(0.20 - 0.15 * depth)),
+        "smear_lambda": ((1,), _values(np.zeros(1))),
+        "backout_lambda": ((1,), _values(np.full(1, 0.2))),
+    }
+
+
+def _std_2025(shape: tuple[int, ...]) -> float:
+    fan_out, fan_in = shape[-2:]
+    return min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5  # arXiv 2310.17813
+
+
+def _uniform(low: float, high: float):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
+
+
+def _values(values: np.ndarray):
+    return lambda key, shape, dtype: jnp.asarray(values, dtype)
+
+
+def _every_second_zero(init):
+    """For the stack q, o, q, o, …: output projections start at zero."""
+    return lambda key, shape, dtype: init(key, shape, dtype).at[1::2].set(0.0)
+
+
+# --- the parts --------------------------------------------------------------------------------------
+
+
+def block(config: GPTConfig, layer: dict, x_BTD, rope, window: int, implementation: str):
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    with jax.named_scope("attention"):
+        h_BTD = norm(x_BTD)
+        q, k, v = attention_inputs(config, layer, h_BTD, rope)
+        y_BTNH = causal_attention(q, k, v, window, implementation)
+        x_BTD = x_BTD + linear(y_BTNH.reshape(x_BTD.shape), layer["o"])
+    with jax.named_scope("mlp"):
+        h_BTF = relu_squared(linear(norm(x_BTD), layer["fc"]))
+        return x_BTD + linear(h_BTF, layer["proj"])
+
+
+def attention_inputs(config: GPTConfig, layer: dict, h_BTD, rope):
+    """Queries (B, T, N, H), keys and values (B, T, K, H), ready for attention."""
+    B, T, _ = h_BTD.shape
+    q = linear(h_BTD, layer["q"]).reshape(B, T, config.n_head, config.head_dim)
+    k = linear(h_BTD, layer["k"]).reshape(B, T, config.n_kv_head, config.head_dim)
+    v = linear(h_BTD, layer["v"]).reshape(B, T, config.n_kv_head, config.head_dim)
+    if "ve" in layer:
+        gate_BTK = linear(h_BTD[..., :GATE_CHANNELS], layer["gate"])
+        v = add_value_embedding(v, gate_BTK, layer["ve"].reshape(v.shape))
+    sharpen = QK_SHARPEN if config.recipe == "2026" else 1.0
+    return rotate_and_norm(q, *rope, sharpen), rotate_and_norm(k, *rope, sharpen), v
+
+
+def linear(x_I: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """x·wᵀ in x's dtype: the one place where a weight meets an activation."""
+    return jax.lax.dot_general(
+        x_I,
+        w_OI.astype(x_I.dtype),
+        (((x_I.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=x_I.dtype,
+    )
+
+
+def rematerialised(function):
+    """`function` with a backward pass that recomputes it from its inputs.
+
+    XLA would otherwise keep float32 intermediates of these elementwise parts from forward to backward.
+    """
+    wrapped = jax.custom_vjp(function)
+
+    def forward(*args):
+        return function(*args), args
+
+    def backward(args, cotangent):
+        return jax.vjp(function, *args)[1](cotangent)
+
+    wrapped.defvjp(forward, backward)
+    return wrapped
+
+
+@rematerialised
+def norm(x: jax.Array) -> jax.Array:
+    """RMS norm over the last axis without a learned scale, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + EPS)).astype(x.dtype)
+
+
+@rematerialised
+def relu_squared(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+@rematerialised
+def mix(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
+    """a·x + b·y with float32 scalars, in x's dtype."""
+    return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
+
+
+@rematerialised
+def add_value_embedding(v_BTKH, gate_BTK, ve_BTKH):
+    """v + 3·sigmoid(gate)·ve, one gate a key/value head."""
+    gate = 3 * jax.nn.sigmoid(gate_BTK.astype(jnp.float32))[..., None]
+    return (v_BTKH.astype(jnp.float32) + gate * ve_BTKH.astype(jnp.float32)).astype(v_BTKH.dtype)
+
+
+def rotary(positions_T: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin (T, H/2) of position·base^(−2j/H), float32."""
+    frequencies = 1.0 / base ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate_and_norm(x_BTNH, cos_TH, sin_TH, scale: float):
+    """Rotates the two halves of each head by −position·frequency, norms, and scales."""
+    return _rotate_and_norm(x_BTNH, cos_TH[:, None], sin_TH[:, None], scale)
+
+
+@rematerialised
+def _rotate_and_norm(x, cos, sin, scale):
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+    rms = jax.lax.rsqrt(jnp.mean(rotated * rotated, -1, keepdims=True) + EPS)
+    return (rotated * (rms * scale)).astype(x.dtype)
+
+
+def smear(x_BTD, gate_1C, smear_lambda_1):
+    """Adds to each position but the first a gated part of the one before it (2026)."""
+    here, before = x_BTD[:, 1:], x_BTD[:, :-1]
+    gate = jax.nn.sigmoid(linear(here[..., :SMEAR_CHANNELS], gate_1C).astype(jnp.float32))
+    smeared = mix(1.0, here, smear_lambda_1[0] * gate, before)
+    return jnp.concatenate([x_BTD[:, :1], smeared], axis=1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table_PD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
+    """Rows of the table, (B, T, D) in `dtype`; gradients are summed in float32."""
+    return table_PD[tokens_BT].astype(dtype)
+
+
+def _embed_forward(table_PD, tokens_BT, dtype):
+    return embed(table_PD, tokens_BT, dtype), (tokens_BT, table_PD)
+
+
+def _embed_backward(dtype, saved, g_BTD):
+    tokens_BT, table_PD = saved
+    # A frequent token meets thousands of additions: in bfloat16 most of them would be lost.
+    total = jnp.zeros(table_PD.shape, jnp.float32).at[tokens_BT].add(g_BTD.astype(jnp.float32))
+    return total.astype(table_PD.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+@jax.custom_vjp
+def unstack(stack: jax.Array) -> tuple[jax.Array, ...]:
+    """The slices along the first axis; their gradients are stacked once, not padded and added L times."""
+    return tuple(jax.lax.index_in_dim(stack, i, keepdims=False) for i in range(stack.shape[0]))
+
+
+unstack.defvjp(lambda stack: (unstack(stack), None), lambda _, slices: (jnp.stack(slices),))
+
+
+@jax.custom_vjp
+def softcap_cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """−log softmax(15·tanh(logits/15))[target] of each position (B, T) in float32; 0 where target is −1.
+
+    Keeps the logits as they came (bfloat16 on a GPU) and the log-sum-exp, and recomputes the rest. No pass
+    for the maximum: capped logits are at most 15, so the sum of exponentials cannot overflow.
+    """
+    return _softcap_forward(logits_BTV, targets_BT)[0]
+
+
+def _softcap_forward(logits_BTV, targets_BT):
+    capped = SOFTCAP * jnp.tanh(logits_BTV.astype(jnp.float32) / SOFTCAP)
+    logsum_BT = jnp.log(jnp.sum(jnp.exp(capped), axis=-1))
+    picked = jnp.take_along_axis(logits_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+    target_BT = SOFTCAP * jnp.tanh(picked.astype(jnp.float32) / SOFTCAP)
+    losses = jnp.where(targets_BT >= 0, logsum_BT - target_BT, 0.0)
+    return losses, (logits_BTV, targets_BT, logsum_BT)
+
+
+def _softcap_backward(saved, g_BT):
+    logits_BTV, targets_BT, logsum_BT = saved
+    t = jnp.tanh(logits_BTV.astype(jnp.float32) / SOFTCAP)
+    p = jnp.exp(SOFTCAP * t - logsum_BT[..., None])
+    hit = jax.lax.broadcasted_iota(jnp.int32, t.shape, t.ndim - 1) == targets_BT[..., None]
+    g = jnp.where(targets_BT >= 0, g_BT, 0.0)[..., None]
+    return (g * (p - hit) * (1 - t * t)).astype(logits_BTV.dtype), None
+
+
+softcap_cross_entropy.defvjp(_softcap_forward, _softcap_backward)
