@@ -1,8 +1,8 @@
 """The model: a GPT as a pure function of its parameters, in nanochat's 2025 and 2026 forms.
 
-Shapes: B batch, T time, D model width, N query heads, K key/value heads, H head dim, F = 4·D, V vocabulary,
-P padded vocabulary, L layers. Weights are (out, in); matrices of one shape are stacked over the layers.
-The model knows no mesh: it computes the rows it is given on one device.
+Shapes: B batch, T time, D model width, N query heads, K key/value heads, H head dim, F = 4·D,
+V vocabulary, P padded vocabulary, L layers. Weights are (out, in); matrices of one shape are
+stacked over the layers. The model knows no mesh: it computes the rows it is given on one device.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class GPTConfig:
 
     @property
     def window_sizes(self) -> tuple[int, ...]:
-        """Keys to the left that each layer sees; the last layer always sees sequence_len of them."""
+        """Keys to the left that each layer sees; the last layer always sees sequence_len."""
         if self.recipe == "2025":
             return (np.iinfo(np.int32).max,) * self.n_layer
         short = -(-self.sequence_len // 4 // 128) * 128
@@ -92,8 +92,8 @@ class GPTConfig:
 class GPT(nn.Module):
     """Decoder-only transformer: rotary positions, qk-norm, relu² MLP, untied head, no biases.
 
-    `dtype` is the one compute dtype of matrix products and activations; parameters are declared in float32.
-    `attention` names the implementation (attention.py).
+    `dtype` is the one compute dtype of matrix products and activations; parameters are declared in
+    float32. `attention` names the implementation (attention.py).
     """
 
     config: GPTConfig
@@ -161,14 +161,14 @@ def init_params(model: GPT, key: jax.Array) -> Params:
 
 
 def parameter_table(config: GPTConfig) -> dict:
-    """name -> (shape, initialiser) of every parameter: the shapes, and both recipes' distributions."""
+    """name -> (shape, initialiser) of every parameter, for both recipes."""
     L, D, P = config.n_layer, config.n_embd, config.padded_vocab_size
     shapes = {"qo": (2 * L, D, D), "kv": (2 * L, config.kv_dim, D)}
     shapes |= {"fc": (L, 4 * D, D), "proj": (L, D, 4 * D)}
     normal, constant = nn.initializers.normal, nn.initializers.constant
     if config.recipe == "2025":
-        inits = {name: _every_second_zero(normal(_std_2025(shapes[name]))) for name in ("qo",)}
-        inits |= {name: normal(_std_2025(shapes[name])) for name in ("kv", "fc")}
+        inits = {name: normal(_std_2025(shapes[name])) for name in ("qo", "kv", "fc")}
+        inits["qo"] = _every_second_zero(inits["qo"])
         table = {"wte": ((P, D), normal(1.0)), "lm_head": ((P, D), constant(0.0))}
     else:
         bound = (3 / D) ** 0.5
@@ -213,7 +213,7 @@ def _every_second_zero(init):
     return lambda key, shape, dtype: init(key, shape, dtype).at[1::2].set(0.0)
 
 
-# --- the parts --------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def block(config: GPTConfig, layer: dict, x_BTD, rope, window: int, implementation: str):
@@ -254,7 +254,7 @@ def linear(x_I: jax.Array, w_OI: jax.Array) -> jax.Array:
 def rematerialised(function):
     """`function` with a backward pass that recomputes it from its inputs.
 
-    XLA would otherwise keep float32 intermediates of these elementwise parts from forward to backward.
+    XLA would otherwise keep float32 intermediates of these elementwise parts for the backward pass.
     """
     wrapped = jax.custom_vjp(function)
 
@@ -343,7 +343,7 @@ embed.defvjp(_embed_forward, _embed_backward)
 
 @jax.custom_vjp
 def unstack(stack: jax.Array) -> tuple[jax.Array, ...]:
-    """The slices along the first axis; their gradients are stacked once, not padded and added L times."""
+    """The slices along the first axis; their gradients are stacked once, not padded and added."""
     return tuple(jax.lax.index_in_dim(stack, i, keepdims=False) for i in range(stack.shape[0]))
 
 
@@ -352,10 +352,10 @@ unstack.defvjp(lambda stack: (unstack(stack), None), lambda _, slices: (jnp.stac
 
 @jax.custom_vjp
 def softcap_cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """−log softmax(15·tanh(logits/15))[target] of each position (B, T) in float32; 0 where target is −1.
+    """−log softmax(15·tanh(logits/15))[target], (B, T) in float32; 0 where the target is −1.
 
-    Keeps the logits as they came (bfloat16 on a GPU) and the log-sum-exp, and recomputes the rest. No pass
-    for the maximum: capped logits are at most 15, so the sum of exponentials cannot overflow.
+    Keeps the logits as they came (bfloat16 on a GPU) and the log-sum-exp, and recomputes the rest.
+    No pass for the maximum: capped logits are at most 15, so the exponentials cannot overflow.
     """
     return _softcap_forward(logits_BTV, targets_BT)[0]
 

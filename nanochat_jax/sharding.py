@@ -1,0 +1,139 @@
+"""The mesh, and where every array of the training state lives on it.
+
+One axis, "data". Each device computes its own rows of the batch with a full copy of the weights in
+the compute dtype; float32 master weights and optimizer moments exist once, cut over the devices
+(ZeRO-1, arXiv 1910.02054) along one dimension per parameter. Muon needs whole matrices, so stacks of
+matrices are cut along the stack; a stack that the devices do not divide is padded with zero
+matrices. Checkpoints hold the logical arrays without that padding: they fit any number of devices.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "data"
+BATCH_SPEC = P(None, AXIS)  # (A, B, T): the rows of every micro-batch are cut over the devices
+REPLICATED = P()
+
+# The dimension along which a parameter, and its moments, are cut; those not named are replicated.
+SHARD_DIM = {"qo": 0, "kv": 0, "fc": 0, "proj": 0, "wte": 0, "lm_head": 0, "value_embeds": 1}
+
+
+def initialize_distributed() -> None:
+    """Joins the processes of a cluster run; does nothing for a single process.
+
+    Recognised: Slurm with several tasks, and JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID (torchrun-like launchers, Kubernetes).
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        jax.distributed.initialize()
+
+
+def make_mesh(n_devices: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A one-axis mesh over the first `n_devices` (default all) of `devices` (default jax.devices())."""
+    available = list(jax.devices() if devices is None else devices)
+    wanted = len(available) if n_devices is None else n_devices
+    if not 1 <= wanted <= len(available):
+        raise ValueError(f"{wanted} devices asked for, {len(available)} found")
+    return jax.make_mesh(
+        (wanted,), (AXIS,), axis_types=(AxisType.Auto,), devices=available[:wanted]
+    )
+
+
+def spec_of(path: tuple) -> P:
+    """PartitionSpec of a leaf of the state: that of the parameter whose name ends its path."""
+    dim = shard_dim(path)
+    return REPLICATED if dim is None else P(*[None] * dim, AXIS)
+
+
+def shard_dim(path: tuple) -> int | None:
+    name = parameter_name(path)
+    return None if name is None else SHARD_DIM.get(name)
+
+
+def parameter_name(path: tuple) -> str | None:
+    """The last dictionary key of a leaf's path: optimizer moments carry their parameter's name."""
+    keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return keys[-1] if keys else None
+
+
+def specs(tree: Any) -> Any:
+    """The PartitionSpec of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path), tree)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def padded_size(size: int, n_devices: int) -> int:
+    return -(-size // n_devices) * n_devices
+
+
+def pad_leaf(path: tuple, leaf: jax.Array, n_devices: int) -> jax.Array:
+    """The leaf with zeros appended along its cut dimension until the devices divide it."""
+    dim = shard_dim(path)
+    if dim is None:
+        return leaf
+    widths = [(0, 0)] * leaf.ndim
+    widths[dim] = (0, padded_size(leaf.shape[dim], n_devices) - leaf.shape[dim])
+    return jnp.pad(leaf, widths) if widths[dim][1] else leaf
+
+
+def pad_tree(tree: Any, n_devices: int) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda p, leaf: pad_leaf(p, leaf, n_devices), tree)
+
+
+def logical_shardings(logical: Any, mesh: Mesh) -> Any:
+    """How unpadded arrays lie on the mesh: as in training where the devices divide them, else cut
+    along another dimension that they divide, else replicated."""
+
+    def choose(path, leaf):
+        dim = shard_dim(path)
+        if dim is None:
+            return NamedSharding(mesh, REPLICATED)
+        for candidate in (dim, *(d for d in range(leaf.ndim) if d != dim)):
+            if leaf.shape[candidate] % mesh.size == 0:
+                return NamedSharding(mesh, P(*[None] * candidate, AXIS))
+        return NamedSharding(mesh, REPLICATED)
+
+    return jax.tree_util.tree_map_with_path(choose, logical)
+
+
+def to_logical(padded: Any, logical: Any, mesh: Mesh) -> Any:
+    """Strips the padding: `padded` on the mesh -> arrays of the shapes in `logical`."""
+
+    def cut(tree):
+        return jax.tree.map(
+            lambda x, want: jax.lax.slice(x, (0,) * x.ndim, want.shape), tree, logical
+        )
+
+    return _map_where_padded(cut, padded, logical, logical_shardings(logical, mesh))
+
+
+def from_logical(values: Any, mesh: Mesh) -> Any:
+    """Adds the padding again and lays the arrays out for training."""
+    pad = jax.jit(lambda tree: pad_tree(tree, mesh.size), out_shardings=shardings(values, mesh))
+    return pad(values)
+
+
+def _map_where_padded(cut: Callable, padded: Any, logical: Any, out_shardings: Any) -> Any:
+    same = jax.tree.map(lambda x, want: x.shape == want.shape, padded, logical)
+    if all(jax.tree.leaves(same)):
+        return padded
+    return jax.jit(cut, out_shardings=out_shardings)(padded)

@@ -1,0 +1,277 @@
+"""The training step and the evaluation step: pure functions of state and batch, without I/O.
+
+The step is one per-device program under `jax.shard_map`; every collective stands here by name:
+gather the weights, count the supervised tokens, scatter the gradients, sum the loss. Measured
+reasons are in docs/architecture.md.
+
+Shapes: A accumulation steps (micro-batches), B rows, T time, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from nanochat_jax.data.loader import Batch
+from nanochat_jax.gpt import GPT, Params, init_params, parameter_table
+from nanochat_jax.sharding import (
+    AXIS,
+    BATCH_SPEC,
+    REPLICATED,
+    SHARD_DIM,
+    from_logical,
+    logical_shardings,
+    pad_tree,
+    padded_size,
+    shardings,
+    spec_of,
+    specs,
+    to_logical,
+)
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step; model and optimizer are closed over."""
+
+    step: jax.Array  # int32 scalar: updates made
+    params: Params  # float32 master weights
+    opt_state: optax.OptState
+
+
+# --- the state on the mesh ------------------------------------------------------------------------
+
+
+def init_state(
+    model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh, key: jax.Array
+) -> TrainState:
+    """A fresh state, made where it will live; the same numbers for any number of devices."""
+    make = partial(_fresh_state, model, optimizer, mesh.size)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
+
+
+def _fresh_state(model, optimizer, n_devices: int, key) -> TrainState:
+    params = pad_tree(init_params(model, key), n_devices)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the training state: what a compiler needs, without arrays."""
+    shapes = jax.eval_shape(partial(_fresh_state, model, optimizer, mesh.size), jax.random.key(0))
+    return _with_shardings(shapes, shardings(shapes, mesh))
+
+
+def abstract_logical_state(
+    model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The same without padding: what a checkpoint holds."""
+    shapes = jax.eval_shape(partial(_fresh_state, model, optimizer, 1), jax.random.key(0))
+    return _with_shardings(shapes, logical_shardings(shapes, mesh))
+
+
+def _with_shardings(shapes: Any, placed: Any) -> Any:
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        placed,
+    )
+
+
+def state_to_logical(model, optimizer, mesh: Mesh, state: TrainState) -> TrainState:
+    """What to save: the state without padding."""
+    return to_logical(state, abstract_logical_state(model, optimizer, mesh), mesh)
+
+
+def state_from_logical(mesh: Mesh, saved: TrainState) -> TrainState:
+    """What to train on: a restored state, padded and laid out for this mesh."""
+    return from_logical(saved, mesh)
+
+
+def put_batch(rows: np.ndarray, accumulation: int, mesh: Mesh) -> Batch:
+    """This process's rows (R, T+1) of one step -> Batch of (A, B, T) arrays on the mesh."""
+    micro = rows.reshape(accumulation, -1, rows.shape[-1])
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    put = partial(jax.make_array_from_process_local_data, sharding)
+    return Batch(
+        put(np.ascontiguousarray(micro[..., :-1])), put(np.ascontiguousarray(micro[..., 1:]))
+    )
+
+
+# --- the steps ------------------------------------------------------------------------------------
+
+
+def make_train_step(
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    grad_clip: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step (state, batch) -> (state, metrics). The state given in is donated.
+
+    Losses are summed over supervised tokens and divided once by their number over all devices and
+    micro-batches, so accumulation, devices and masks never change the mathematics; a batch without
+    supervised tokens has loss 0. `grad_clip` > 0 limits the global gradient norm.
+    """
+    state_specs = specs(abstract_state(model, optimizer, mesh))
+    local = partial(_local_train_step, model, optimizer, mesh.size, grad_clip)
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(state_specs, BATCH_SPEC),
+        out_specs=(state_specs, REPLICATED),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=0)
+
+
+def _local_train_step(model, optimizer, n_devices, grad_clip, state: TrainState, batch: Batch):
+    weights = gather_weights(model, state.params)
+    supervised = jax.lax.psum(jnp.sum(batch.targets_ABT >= 0), AXIS)
+    loss, gradients = _accumulate(model, weights, batch, jnp.maximum(supervised, 1))
+    with jax.named_scope("scatter_gradients"):
+        gradients = scatter_gradients(model, n_devices, gradients)
+    norm = _global_norm(gradients)
+    if grad_clip > 0:
+        shrink = jnp.minimum(1.0, grad_clip / (norm + 1e-6))
+        gradients = jax.tree.map(lambda g: g * shrink, gradients)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": jax.lax.psum(loss, AXIS),
+        "grad_norm": norm,
+        "supervised_tokens": supervised,
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _accumulate(model, weights, batch: Batch, denominator):
+    """Loss and float32 gradients of this device's rows over all micro-batches.
+
+    All but the last run in a scan; the last runs outside it, so that its memory is free for what
+    follows and the compiler can overlap. The barrier keeps it from starting before the scan has
+    ended, which would hold two micro-batches of activations at once.
+    """
+
+    def loss_of(weights, inputs, targets):
+        losses = model.apply({"params": weights}, inputs, targets, method="losses")
+        return jnp.sum(losses) / denominator
+
+    grad_of = jax.value_and_grad(loss_of)
+    if batch.inputs_ABT.shape[0] == 1:
+        loss, gradients = grad_of(weights, batch.inputs_ABT[0], batch.targets_ABT[0])
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+
+    def add(total, micro):
+        return jax.tree.map(
+            lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, *micro)
+        ), None
+
+    zero = (
+        jnp.zeros((), jnp.float32),
+        jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
+    )
+    total, _ = jax.lax.scan(add, zero, (batch.inputs_ABT[:-1], batch.targets_ABT[:-1]))
+    last = batch.inputs_ABT[-1], batch.targets_ABT[-1]
+    total, weights, last = jax.lax.optimization_barrier((total, weights, last))
+    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, *last))
+
+
+def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Params, Batch, jax.Array], Metrics]:
+    """The jitted (params, batch, token_bytes_V) -> sums over the batch.
+
+    "nats" and "bytes" are sums over targets that stand for text (token_bytes > 0), the two halves
+    of bits per byte; "loss_sum" and "tokens" are sums over all supervised targets.
+    """
+    local = partial(_local_eval_step, model)
+    param_specs = {name: spec_of((jax.tree_util.DictKey(name),)) for name in _shapes(model)}
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(param_specs, BATCH_SPEC, REPLICATED),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )
+    )
+
+
+def _local_eval_step(model, params, batch: Batch, token_bytes_V):
+    weights = gather_weights(model, params)
+
+    def sums(micro):
+        inputs_BT, targets_BT = micro
+        losses_BT = model.apply({"params": weights}, inputs_BT, targets_BT, method="losses")
+        bytes_BT = jnp.where(targets_BT >= 0, token_bytes_V[targets_BT], 0)
+        return {
+            "nats": jnp.sum(jnp.where(bytes_BT > 0, losses_BT, 0.0)),
+            "bytes": jnp.sum(bytes_BT),
+            "loss_sum": jnp.sum(losses_BT),
+            "tokens": jnp.sum(targets_BT >= 0),
+        }
+
+    per_micro = jax.lax.map(sums, (batch.inputs_ABT, batch.targets_ABT))
+    return jax.tree.map(lambda x: jax.lax.psum(jnp.sum(x), AXIS), per_micro)
+
+
+# --- the collectives ------------------------------------------------------------------------------
+
+
+def gather_weights(model: GPT, params: Params) -> Params:
+    """Every device's slice of the master weights -> whole weights in the compute dtype, unpadded.
+
+    The few replicated ones (scalars, gates) stay in float32.
+    """
+    logical = _shapes(model)
+
+    def gather(name, leaf):
+        if name not in SHARD_DIM:
+            return leaf
+        dim = SHARD_DIM[name]
+        whole = jax.lax.all_gather(leaf.astype(model.dtype), AXIS, axis=dim, tiled=True)
+        return jax.lax.slice_in_dim(whole, 0, logical[name][dim], axis=dim)
+
+    with jax.named_scope("gather_weights"):
+        return {name: gather(name, leaf) for name, leaf in params.items()}
+
+
+def scatter_gradients(model: GPT, n_devices: int, gradients: Params) -> Params:
+    """Whole gradients of this device's rows -> this device's slice of their sum, float32.
+
+    Matrices travel in the compute dtype (bfloat16 on a GPU), the few small replicated ones in float32.
+    """
+
+    def scatter(name, leaf):
+        if name not in SHARD_DIM:
+            return jax.lax.psum(leaf, AXIS)
+        dim = SHARD_DIM[name]
+        missing = padded_size(leaf.shape[dim], n_devices) - leaf.shape[dim]
+        leaf = leaf.astype(model.dtype)
+        if missing:
+            leaf = jnp.pad(leaf, [(0, missing * (d == dim)) for d in range(leaf.ndim)])
+        summed = jax.lax.psum_scatter(leaf, AXIS, scatter_dimension=dim, tiled=True)
+        return summed.astype(jnp.float32)
+
+    return {name: scatter(name, leaf) for name, leaf in gradients.items()}
+
+
+def _global_norm(gradients: Params) -> jax.Array:
+    """Euclidean norm over all parameters, whole on every device."""
+    squares = {name: jnp.sum(jnp.square(g)) for name, g in gradients.items()}
+    local = sum(square for name, square in squares.items() if name in SHARD_DIM)
+    return jnp.sqrt(
+        jax.lax.psum(local, AXIS)
+        + sum(square for name, square in squares.items() if name not in SHARD_DIM)
+    )
+
+
+def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (shape, _) in parameter_table(model.config).items()}
