@@ -1,0 +1,235 @@
+"""The optimizer: Muon on the matrices of the blocks, AdamW on everything else, as one optax chain.
+
+It works on whatever slices it is given: the leading axis of a stack of matrices is only batched
+over, and no row of an embedding meets another, so each device can run it on its own part of the
+parameters without a collective. All-zero padding matrices stay zero. Every leaf of the state that
+belongs to a parameter stands under the parameter's name and shares its leading axis.
+Hyper-parameters are functions of the int32 step counts in the state and are never stored: a
+restored state obeys the configuration of the day.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.muon import add_cautious_decay, scale_by_aspect, scale_by_muon
+from nanochat_jax.scaling import RECIPES, Plan, Recipe
+
+ADAM_EPS = 1e-10
+
+# Parameters that share hyper-parameters share a label.
+LABELS = {
+    **dict.fromkeys(("qo", "kv", "fc", "proj", "ve_gate"), "muon"),
+    **dict.fromkeys(("smear_gate", "smear_lambda", "backout_lambda"), "smear"),
+    **{n: n for n in ("wte", "lm_head", "value_embeds", "resid_lambdas", "x0_lambdas")},
+}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Every number of the optimizer; `for_recipe` and `from_plan` fill in a recipe's own."""
+
+    recipe: str
+    num_iterations: int
+    unembedding_lr: float
+    embedding_lr: float
+    matrix_lr: float
+    scalar_lr: float
+    weight_decay: float  # already scaled to the depth; of Muon in 2026, of AdamW in 2025
+    warmup_steps: int
+    warmdown_ratio: float
+    final_lr_frac: float
+    grad_clip: float  # not applied here: the norm spans all devices, so train.py does
+    momentum_start: float
+    momentum_peak: float
+    momentum_final: float
+    momentum_warmup_steps: int
+    batch_lr_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe is one of {', '.join(RECIPES)}, not {self.recipe!r}")
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, not {self.num_iterations}")
+
+    @classmethod
+    def for_recipe(cls, recipe: str, num_iterations: int, **overrides: Any) -> "OptimConfig":
+        """The recipe's numbers, with `overrides` by field name."""
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe is one of {', '.join(RECIPES)}, not {recipe!r}")
+        return cls._from_settings(RECIPES[recipe], recipe, num_iterations, overrides)
+
+    @classmethod
+    def from_plan(cls, plan: Plan) -> "OptimConfig":
+        """The optimizer of a planned run."""
+        scaled = {
+            "weight_decay": plan.weight_decay_scaled,
+            "batch_lr_scale": plan.batch_lr_scale,
+        }
+        return cls._from_settings(plan.settings, plan.recipe, plan.num_iterations, scaled)
+
+    @classmethod
+    def _from_settings(cls, settings: Recipe, recipe, num_iterations, overrides) -> "OptimConfig":
+        shared = {f.name for f in fields(cls)} & {f.name for f in fields(Recipe)}
+        values = {name: getattr(settings, name) for name in shared} | overrides
+        return cls(recipe=recipe, num_iterations=num_iterations, **values)
+
+
+# --- schedules: of Python ints (float64) and of traced ones (float32) ----------------------------
+
+
+def lr_multiplier(config: OptimConfig, step):
+    """What every learning rate is multiplied with: linear up, constant, linear down."""
+    xp = _namespace(step)
+    warmdown = max(_warmdown_steps(config), 1)
+    left = (config.num_iterations - step) / warmdown
+    down = left + (1 - left) * config.final_lr_frac
+    steady = xp.where(step <= config.num_iterations - _warmdown_steps(config), 1.0, down)
+    return _scalar(
+        xp.where(step < config.warmup_steps, (step + 1) / max(config.warmup_steps, 1), steady)
+    )
+
+
+def muon_momentum(config: OptimConfig, step):
+    """Momentum of Muon: up to its peak over the first steps, then down with the learning rate."""
+    xp = _namespace(step)
+    up = step / max(config.momentum_warmup_steps, 1)
+    done = (step - (config.num_iterations - _warmdown_steps(config))) / max(
+        _warmdown_steps(config), 1
+    )
+    rising = (1 - up) * config.momentum_start + up * config.momentum_peak
+    falling = config.momentum_peak + done * (config.momentum_final - config.momentum_peak)
+    late = xp.where(done >= 0, falling, config.momentum_peak)
+    return _scalar(xp.where(step < config.momentum_warmup_steps, rising, late))
+
+
+def muon_weight_decay(config: OptimConfig, step):
+    """Weight decay of Muon: half a cosine from its start to 0 (2026); 2025 has none."""
+    if config.recipe == "2025":
+        return 0.0
+    xp = _namespace(step)
+    return _scalar(config.weight_decay * 0.5 * (1 + xp.cos(np.pi * (step / config.num_iterations))))
+
+
+def _warmdown_steps(config: OptimConfig) -> int:
+    return round(config.warmdown_ratio * config.num_iterations)
+
+
+def _namespace(step) -> Any:
+    return jnp if isinstance(step, jax.Array) else np
+
+
+def _scalar(value):
+    return float(value) if isinstance(value, np.ndarray | np.generic) and not value.ndim else value
+
+
+# --- the chain -----------------------------------------------------------------------------------
+
+
+class AdamWGroup(NamedTuple):
+    lr: float
+    b1: float
+    b2: float
+    weight_decay: float
+
+
+def adamw_groups(gpt_config: GPTConfig, config: OptimConfig) -> dict[str, AdamWGroup]:
+    """label -> hyper-parameters of each AdamW group; lr is before the schedule."""
+    width = (gpt_config.n_embd / 768) ** -0.5
+    head = config.unembedding_lr * config.batch_lr_scale * width
+    table = config.embedding_lr * config.batch_lr_scale * width
+    scalar = config.scalar_lr * config.batch_lr_scale
+    if config.recipe == "2025":
+        return {
+            "lm_head": AdamWGroup(head, 0.8, 0.95, config.weight_decay),
+            "wte": AdamWGroup(table, 0.8, 0.95, config.weight_decay),
+        }
+    return {
+        "lm_head": AdamWGroup(head, 0.8, 0.96, 0.01),
+        "wte": AdamWGroup(table, 0.8, 0.995, 0.001),
+        "value_embeds": AdamWGroup(0.5 * table, 0.8, 0.995, 0.01),
+        "resid_lambdas": AdamWGroup(0.01 * scalar, 0.8, 0.95, 0.05),
+        "x0_lambdas": AdamWGroup(scalar, 0.96, 0.95, 0.0),
+        "smear": AdamWGroup(0.2, 0.8, 0.95, 0.0),  # the one rate that no batch scales
+    }
+
+
+def make_optimizer(
+    gpt_config: GPTConfig, optim_config: OptimConfig, compute_dtype=jnp.float32
+) -> optax.GradientTransformation:
+    """The optimizer of the model's flat dict of parameters.
+
+    `compute_dtype` is that of Muon's matrix products (bfloat16 on accelerators); moments, norms and
+    updates are float32 whatever the gradients are.
+    """
+    groups: dict[str, optax.GradientTransformation] = {
+        label: _adamw(group, optim_config)
+        for label, group in adamw_groups(gpt_config, optim_config).items()
+    }
+    groups["muon"] = _muon(optim_config, compute_dtype)
+    return optax.chain(_as_float32(), optax.partition(groups, _labels))
+
+
+def _labels(params) -> dict[str, str]:
+    if unknown := sorted(set(params) - set(LABELS)):
+        raise ValueError(f"no optimizer for parameter {', '.join(unknown)}; add it to LABELS")
+    return {name: LABELS[name] for name in params}
+
+
+def _adamw(group: AdamWGroup, config: OptimConfig) -> optax.GradientTransformation:
+    return optax.chain(
+        scale_by_adam(group.b1, group.b2),
+        optax.add_decayed_weights(group.weight_decay),
+        optax.scale_by_learning_rate(lambda step: group.lr * lr_multiplier(config, step)),
+    )
+
+
+def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformation:
+    """optax.scale_by_adam, state included, with bias corrections exact in float32.
+
+    1 − b^t cancels while t is small: with b = 0.995 two of float32's seven digits are lost.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        step = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: m + (1 - b1) * (g - m), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: v + (1 - b2) * (jnp.square(g) - v), state.nu, updates)
+        unbias1, unbias2 = (-jnp.expm1(step * np.log(b)) for b in (b1, b2))
+        directions = jax.tree.map(
+            lambda m, v: (m / unbias1) / (jnp.sqrt(v / unbias2) + ADAM_EPS), mu, nu
+        )
+        return directions, optax.ScaleByAdamState(step, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)
+
+
+def _muon(config: OptimConfig, compute_dtype) -> optax.GradientTransformation:
+    lr = config.matrix_lr * config.batch_lr_scale
+    return optax.chain(
+        scale_by_muon(
+            lambda step: muon_momentum(config, step), compute_dtype, variant=config.recipe
+        ),
+        *(
+            [add_cautious_decay(lambda step: muon_weight_decay(config, step))]
+            if config.recipe == "2026"
+            else []
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(scale_by_aspect, updates)),
+        optax.scale_by_learning_rate(lambda step: lr * lr_multiplier(config, step)),
+    )
+
+
+def _as_float32() -> optax.GradientTransformation:
+    # Gradients may come in bfloat16 from the reduce-scatter.
+    return optax.stateless(lambda updates, _: optax.tree.cast(updates, jnp.float32))
+
+
+def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    """What the gradients are multiplied with so that their global `norm` is at most `max_norm`."""
+    return jnp.minimum(1.0, max_norm / (norm + 1e-6))
