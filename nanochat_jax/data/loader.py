@@ -1,0 +1,466 @@
+"""The input pipeline: shards → blocks of text → token ids → packed rows, prepared by threads.
+
+The text is divided among a fixed number S of logical streams: stream s reads the blocks s, s+S,
+s+2S, … of the endless repetition of all training blocks, and gives rows s·R/S … (s+1)·R/S−1 of each
+step of R rows. Process p of P owns the p-th contiguous part of the streams. So the rows depend on
+the data, the tokenizer, R, T and S, and never on the number of processes.
+
+grain supplies the plumbing: a MapDataset of blocks, tokenised one block ahead by a thread per
+stream; an IterDataset with exact state that packs them; a thread that keeps a few steps ready. The
+state names the next document of each stream and the documents in its packing buffer, not their
+text: restoring reads and tokenises them again, and exactly the same rows follow.
+"""
+
+import math
+import os
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+import grain
+import numpy as np
+
+from nanochat_jax.data.packing import BestFitPacker, Document
+from nanochat_jax.data.shards import DocumentBlocks, Shards
+
+REFILL_DOCS = 128  # documents that enter the packing buffer at once, as in the original
+
+
+class Batch(NamedTuple):
+    """One optimizer step: A micro-batches of B rows of T tokens, int32; target −1 is ignored."""
+
+    inputs_ABT: Any
+    targets_ABT: Any
+
+
+class Encoder(Protocol):
+    """What the loader asks of a tokenizer."""
+
+    def encode_batch(
+        self, texts: list[str], *, prepend_bos: bool = ..., threads: int = ...
+    ) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything on which the rows depend besides the data and the tokenizer."""
+
+    rows: int  # of one step, over all processes and micro-batches
+    sequence_len: int
+    streams: int
+    buffer_docs: int
+
+    def owned_streams(self, process_index: int, process_count: int) -> range:
+        """The streams of one process; ValueError when rows, streams and processes do not divide."""
+        if self.rows % self.streams:
+            raise ValueError(
+                f"{self.rows} rows a step cannot be divided among {self.streams} streams; "
+                f"use {math.gcd(self.rows, self.streams)} streams, or another batch size"
+            )
+        if self.streams % process_count:
+            raise ValueError(
+                f"{self.streams} streams cannot be divided among {process_count} processes; "
+                "use a number of streams that is a multiple of the number of processes"
+            )
+        owned = self.streams // process_count
+        return range(process_index * owned, (process_index + 1) * owned)
+
+
+class BlockEncoder:
+    """Turns the texts of a block into (length, the first `row_len` token ids) pairs.
+
+    It runs in the threads that grain keeps; tiktoken lets go of the GIL meanwhile.
+    """
+
+    def __init__(self, tokenizer: Encoder, row_len: int, threads: int) -> None:
+        self._tokenizer = tokenizer
+        self._row_len = row_len
+        self._threads = threads
+
+    def __call__(self, texts: list[str]) -> list[tuple[int, np.ndarray]]:
+        ids = self._tokenizer.encode_batch(texts, prepend_bos=True, threads=self._threads)
+        return [(len(doc), np.array(doc[: self._row_len], dtype=np.int32)) for doc in ids]
+
+
+# ---- one stream ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """What a stream will do next: its next document, and what waits in its buffer, by arrival."""
+
+    visit: int
+    position: int
+    buffer: tuple[Document, ...]
+
+    def __deepcopy__(self, memo: dict) -> "StreamState":
+        return self  # immutable; grain copies the state of every step
+
+    def to_json(self) -> dict[str, Any]:
+        """The buffer as [visit, [positions…]] pairs: arrival is by visit, then by position.
+
+        `tokens` sums the lengths of the buffered documents: another tokenizer gives another sum.
+        """
+        visits = groupby(self.buffer, key=lambda document: document.visit)
+        return {
+            "next": [self.visit, self.position],
+            "tokens": sum(document.length for document in self.buffer),
+            "buffer": [[visit, [doc.position for doc in documents]] for visit, documents in visits],
+        }
+
+
+class Stream:
+    """One logical stream: follows its blocks and packs their documents into rows.
+
+    With `passes` a pass over its blocks is packed to the last document before the next begins.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layout: Layout,
+        blocks: DocumentBlocks,
+        encode: BlockEncoder,
+        encoded: grain.DatasetIterator,
+        passes: bool,
+    ) -> None:
+        self._index, self._layout, self._blocks, self._encode = index, layout, blocks, encode
+        self._encoded = encoded
+        self._blocks_per_pass = len(range(index, len(blocks), layout.streams)) if passes else None
+        self._start(0, 0)
+
+    def _start(self, visit: int, position: int) -> None:
+        self._visit, self._position = visit, position
+        self._pass_began = visit
+        self._block: list[tuple[int, np.ndarray]] | None = None
+        self._encoded.set_state({"next_index": visit})
+        row_len = self._layout.sequence_len + 1
+        self.packer = BestFitPacker(row_len, self._layout.buffer_docs, self._refill)
+
+    def rows(self) -> list[np.ndarray]:
+        """This stream's part of a step."""
+        return [self.packer.row() for _ in range(self._layout.rows // self._layout.streams)]
+
+    def state(self) -> StreamState:
+        return StreamState(self._visit, self._position, tuple(self.packer.buffer.in_order()))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from `StreamState.to_json()`; ValueError when the text is not the same."""
+        self._start(*state["next"])
+        texts: list[str] = []
+        refs: list[tuple[int, int]] = []
+        for visit, positions in state["buffer"]:
+            texts += self._blocks.pick(self._block_of(visit), positions)
+            refs += [(visit, position) for position in positions]
+        encoded = self._encode(texts)
+        documents = [Document(*ref, *pair) for ref, pair in zip(refs, encoded, strict=True)]
+        if sum(document.length for document in documents) != state["tokens"]:
+            raise ValueError(
+                "the documents of the saved data state have other lengths now: resume with the "
+                "tokenizer and the shards that the run was started with"
+            )
+        self.packer.add(documents)
+
+    def _block_of(self, visit: int) -> int:
+        return (self._index + visit * self._layout.streams) % len(self._blocks)
+
+    def _refill(self) -> list[Document]:
+        if self._at_end_of_pass():
+            self._pass_began = self._visit
+            return []
+        if self._block is None:
+            self._block = next(self._encoded)
+        start = self._position
+        part = self._block[start : start + REFILL_DOCS]
+        documents = [Document(self._visit, start + i, *pair) for i, pair in enumerate(part)]
+        self._position += len(part)
+        if self._position == len(self._block):
+            self._visit, self._position, self._block = self._visit + 1, 0, None
+        return documents
+
+    def _at_end_of_pass(self) -> bool:
+        if self._blocks_per_pass is None or self._block is not None:
+            return False
+        return self._visit % self._blocks_per_pass == 0 and self._visit != self._pass_began
+
+
+# ---- all streams of one process --------------------------------------------------------------
+
+
+class PackedRows(grain.IterDataset):
+    """A dataset whose elements are one process's rows of a step, (rows, T+1) int32."""
+
+    def __init__(
+        self,
+        blocks: DocumentBlocks,
+        encode: BlockEncoder,
+        layout: Layout,
+        owned: range,
+        passes: bool = False,
+    ) -> None:
+        # A pass may end soon: its blocks are tokenised when needed, by all threads of the encoder.
+        ahead = 0 if passes else 1
+        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        parents = []
+        for index in owned:
+            text = _stream_text(blocks, index, layout.streams, passes)
+            parents.append(text.map(encode).to_iter_dataset(options))
+        super().__init__(parents)
+        self.counters = Counters()
+        self._owned = owned
+        self._stream_arguments = (layout, blocks, encode)
+        self._passes = passes
+
+    def __iter__(self) -> "PackedRowsIterator":
+        encoded = [parent.__iter__() for parent in self.parents]
+        streams = {
+            index: Stream(index, *self._stream_arguments, blocks_of_stream, self._passes)
+            for index, blocks_of_stream in zip(self._owned, encoded, strict=True)
+        }
+        return PackedRowsIterator(encoded, streams, self.counters)
+
+
+def _stream_text(
+    blocks: DocumentBlocks, index: int, streams: int, passes: bool
+) -> grain.MapDataset:
+    """Every `streams`-th block from `index` on: of each pass by itself, or of the endless text."""
+    text = grain.MapDataset.source(blocks)
+    if passes:
+        return text[index::streams].repeat(reseed_each_epoch=False)
+    return text.repeat(reseed_each_epoch=False)[index::streams]
+
+
+@dataclass
+class Counters:
+    """What the packing thread has done; written there, read by the consumer."""
+
+    seconds: float = 0.0  # spent making rows, waiting for tokens included
+    used_tokens: int = 0
+    cropped_tokens: int = 0
+
+
+class PackedRowsIterator(grain.DatasetIterator):
+    """Lets every stream of this process give its rows, step by step."""
+
+    def __init__(
+        self,
+        encoded: Sequence[grain.DatasetIterator],
+        streams: Mapping[int, Stream],
+        counters: Counters,
+    ) -> None:
+        super().__init__(encoded)
+        self._streams = streams
+        self._counters = counters
+        self._step = 0
+
+    def __next__(self) -> np.ndarray:
+        started = time.perf_counter()
+        rows = np.stack([row for stream in self._streams.values() for row in stream.rows()])
+        self._step += 1
+        packers = [stream.packer for stream in self._streams.values()]
+        self._counters.seconds += time.perf_counter() - started
+        self._counters.used_tokens = sum(packer.used_tokens for packer in packers)
+        self._counters.cropped_tokens = sum(packer.cropped_tokens for packer in packers)
+        return rows
+
+    def get_state(self) -> dict[str, Any]:
+        """Steps made, and a StreamState for each stream."""
+        return {
+            "step": self._step,
+            "streams": {str(index): stream.state() for index, stream in self._streams.items()},
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Accepts what `get_state` gave, its StreamStates as they are or as JSON."""
+
+        def restore(item: tuple[int, Stream]) -> None:
+            index, stream = item
+            saved = state["streams"][str(index)]
+            stream.restore(saved.to_json() if isinstance(saved, StreamState) else saved)
+
+        with ThreadPoolExecutor(len(self._streams)) as pool:
+            list(pool.map(restore, self._streams.items()))
+        self._step = state["step"]
+
+
+class RowLoader(Iterator[np.ndarray]):
+    """Hands out one process's rows of each step, (rows // process_count, T+1) int32.
+
+    A thread keeps `prefetch` steps ready. `get_state()` describes what comes after the last step
+    handed out, whatever has been prepared beyond it. Close it, or use it in a `with`.
+    """
+
+    def __init__(self, dataset: PackedRows, identity: dict[str, Any], prefetch: int) -> None:
+        self._counters = dataset.counters
+        self._identity = identity
+        prefetched = grain.experimental.ThreadPrefetchIterDataset(
+            dataset, prefetch_buffer_size=prefetch
+        )
+        self._open = [prefetched.__iter__()]  # emptied when closed
+        self._close = weakref.finalize(self, _close_all, self._open)  # runs at exit, too
+        self._steps = 0
+        self._waited = 0.0
+
+    def start(self) -> None:
+        """Begins preparing steps now rather than at the first `next`."""
+        self._iterator.start_prefetch()
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._open:
+            raise ValueError("this data loader is closed")
+        return self._open[0]
+
+    def __next__(self) -> np.ndarray:
+        started = time.perf_counter()
+        try:
+            rows = next(self._iterator)
+        except Exception:
+            self.close()  # what follows an error would not be the next step
+            raise
+        self._waited += time.perf_counter() - started
+        self._steps += 1
+        return rows
+
+    def get_state(self) -> dict[str, Any]:
+        """What comes next, as a JSON-able dict; see `merge_states` for several processes."""
+        state = self._iterator.get_state()
+        streams = {index: stream.to_json() for index, stream in state["streams"].items()}
+        return {**self._identity, "step": state["step"], "streams": streams}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues as `get_state` described it, on any number of processes; else ValueError."""
+        for key, value in self._identity.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"the saved data state was made with {key} = {state.get(key)}, this run has "
+                    f"{value}: resume with the same data and batch layout"
+                )
+        self._iterator.set_state({"step": state["step"], "streams": state["streams"]})
+
+    def stats(self) -> dict[str, float]:
+        """Since the start: steps handed out, seconds the consumer waited for them, tokens per
+        second that the pipeline makes while it works, share of the tokens read that was cropped.
+        """
+        used, cropped = self._counters.used_tokens, self._counters.cropped_tokens
+        return {
+            "steps": self._steps,
+            "wait_s": self._waited,
+            "tokens_per_s": used / max(self._counters.seconds, 1e-9),
+            "cropped_share": cropped / max(used + cropped, 1),
+        }
+
+    def close(self) -> None:
+        """Stops the threads; can be called twice."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+# ---- what the training loop calls ------------------------------------------------------------
+
+
+def train_loader(
+    shards: Shards,
+    tokenizer: Encoder,
+    *,
+    rows: int,
+    sequence_len: int,
+    streams: int = 8,
+    buffer_docs: int = 1000,
+    process_index: int = 0,
+    process_count: int = 1,
+    state: Mapping[str, Any] | None = None,
+    prefetch: int = 3,
+    threads: int | None = None,
+) -> RowLoader:
+    """Endless training rows, (rows // process_count, T+1) int32 a step.
+
+    `rows` counts the whole optimizer step over all processes and micro-batches; it must be a
+    multiple of `streams`, and that a multiple of `process_count`. `state` comes from `get_state`
+    (or `merge_states`). Raises ValueError for a layout that does not divide, an unreadable shard,
+    or a state of other data.
+    """
+    layout = Layout(rows, sequence_len, streams, buffer_docs)
+    loader = _row_loader(
+        shards.train, tokenizer, layout, process_index, process_count, False, prefetch, threads
+    )
+    if state is not None:
+        loader.set_state(state)
+    loader.start()
+    return loader
+
+
+def val_batches(
+    shards: Shards,
+    tokenizer: Encoder,
+    *,
+    rows: int,
+    sequence_len: int,
+    n_batches: int,
+    streams: int = 8,
+    buffer_docs: int = 1000,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 3,
+    threads: int | None = None,
+) -> Iterator[np.ndarray]:
+    """The first `n_batches` batches of validation rows, (rows // process_count, T+1) int32 each.
+
+    Always the same ones. A pass takes every document into account once before the text repeats; the
+    first n rows are the same set of rows for every batch size that is a multiple of `streams`, and
+    for every number of processes. Where `rows` is no multiple of `streams` their greatest common
+    divisor is used.
+    """
+    layout = Layout(rows, sequence_len, math.gcd(rows, streams), buffer_docs)
+    loader = _row_loader(
+        shards.val, tokenizer, layout, process_index, process_count, True, prefetch, threads
+    )
+    with loader:
+        for _ in range(n_batches):
+            yield next(loader)
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all processes after the same step as one, from which any number can resume."""
+    first = dict(states[0])
+    common = {key: value for key, value in first.items() if key != "streams"}
+    streams: dict[str, Any] = {}
+    for state in states:
+        if {key: value for key, value in state.items() if key != "streams"} != common:
+            raise ValueError("these data states are of different runs or different steps")
+        streams |= state["streams"]
+    return {**common, "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
+
+
+def _row_loader(
+    paths: Sequence[Path],
+    tokenizer: Encoder,
+    layout: Layout,
+    process_index: int,
+    process_count: int,
+    passes: bool,
+    prefetch: int,
+    threads: int | None,
+) -> RowLoader:
+    owned = layout.owned_streams(process_index, process_count)
+    blocks = DocumentBlocks(paths, min_blocks=layout.streams)
+    threads = threads or len(os.sched_getaffinity(0))
+    at_once = 1 if passes else len(owned)  # blocks that are tokenised side by side
+    encode = BlockEncoder(tokenizer, layout.sequence_len + 1, max(1, threads // at_once))
+    identity = {"version": 1, "layout": asdict(layout), "data": blocks.fingerprint}
+    return RowLoader(PackedRows(blocks, encode, layout, owned, passes), identity, prefetch)
