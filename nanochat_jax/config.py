@@ -1,17 +1,21 @@
 """Where things are kept, and how a TOML preset and the command line become one frozen dataclass.
 
 Every script does the same: `config = parse(PretrainConfig, description=__doc__)`. A preset given by
-`--config file.toml` supplies new defaults, flags override it, and tyro makes `--help` from the field
-docstrings. The resolved configuration is saved beside what it made (`to_toml`), so a run can be repeated.
+`--config file.toml` supplies new defaults, flags override it, and tyro makes `--help` from the
+field docstrings. A preset holds one table per stage ([pretrain], [tok_train], …, named after the
+dataclass), or one stage's settings alone without a table. The resolved configuration is saved
+beside what it made (`to_toml`), so a run can be repeated.
 """
 
 import dataclasses
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -29,13 +33,15 @@ def parse[C](
 ) -> C:
     """Builds `config_class` from `--config PRESET` (a path, or a name in configs/) and flags.
 
-    A mistake on the command line or in the preset ends the program with one sentence, not a traceback.
+    A mistake on the command line or in the preset ends the program with one sentence.
     """
     args = list(sys.argv[1:] if args is None else args)
     try:
         preset, args = _take_preset(args)
         default = (
-            config_class(**_checked(config_class, _read_toml(preset), preset)) if preset else None
+            config_class(**_checked(config_class, _settings(config_class, preset), preset))
+            if preset
+            else None
         )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -45,7 +51,7 @@ def parse[C](
         args=args,
         default=default,
         description=f"{description or config_class.__doc__}\n\n{epilogue}",
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
@@ -64,6 +70,110 @@ def from_toml[C](config_class: type[C], text: str, where: str) -> C:
     return config_class(**_checked(config_class, tomllib.loads(text), where))
 
 
+# --- pretraining ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretraining: what scripts/pretrain.py trains, on what, and how it reports.
+
+    None means: the recipe's own value, or what the depth decides (scaling.py).
+    """
+
+    run: str = ""
+    """Name of the run: everything goes to runs/NAME; empty is d<depth>."""
+    resume: bool = False
+    """Continue the run from its last checkpoint (from the start where it has none)."""
+    overwrite: bool = False
+    """Delete the run of this name and start it again."""
+
+    # what is trained
+    depth: int = 20
+    """Number of layers: the one dial from which everything else follows."""
+    recipe: Literal["2025", "2026"] = "2026"
+    """Which nanochat: of October 2025 (the $100 speedrun) or of July 2026."""
+    aspect_ratio: int | None = None
+    """Width per layer (64)."""
+    head_dim: int | None = None
+    """Width of an attention head (128)."""
+    n_embd: int | None = None
+    """Width, instead of aspect_ratio times depth."""
+    n_head: int | None = None
+    """Attention heads, instead of width / head_dim."""
+    n_kv_head: int | None = None
+    """Key/value heads (as many as attention heads)."""
+    max_seq_len: int = 2048
+    """Tokens in a row: the context of the model."""
+    window_pattern: str | None = None
+    """Attention windows tiled over the layers, L full and S a quarter (2026: SSSL)."""
+
+    # for how long
+    num_iterations: int | None = None
+    """Steps; goes before target_flops, and that before target_param_data_ratio."""
+    target_flops: float | None = None
+    """Train until so many FLOPs are spent."""
+    target_param_data_ratio: float | None = None
+    """Tokens per counted parameter (12; 2025: 20)."""
+
+    # how
+    device_batch_size: int = 32
+    """Rows that a device computes at once; the first thing to halve when memory runs out."""
+    total_batch_size: int | None = None
+    """Tokens of a step over all devices; the rest is accumulated."""
+    embedding_lr: float | None = None
+    """Learning rate of the token embedding, AdamW."""
+    unembedding_lr: float | None = None
+    """Learning rate of the output head, AdamW."""
+    matrix_lr: float | None = None
+    """Learning rate of the matrices of the blocks, Muon."""
+    scalar_lr: float | None = None
+    """Learning rate of the residual scalars, AdamW (2026)."""
+    weight_decay: float | None = None
+    """Weight decay of Muon before scaling (2025: of AdamW)."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rates rise."""
+    warmdown_ratio: float | None = None
+    """Share of the steps, at the end, in which they fall."""
+    final_lr_frac: float | None = None
+    """Where they end, as a share of their peak."""
+    grad_clip: float | None = None
+    """Largest global gradient norm; 0 is off."""
+    seed: int = 42
+    """Seed of the initial weights and of the samples."""
+
+    # on what
+    dataset: str = "climbmix"
+    """climbmix, fineweb-edu, local, or a folder of Parquet shards."""
+    tokenizer: str = "default"
+    """Name below tokenizer/, or a folder that tok_train.py wrote."""
+    data_streams: int | None = None
+    """Logical streams that the rows of a step are drawn from (8, or what divides the rows)."""
+
+    # where
+    n_devices: int | None = None
+    """Devices to use (all)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type: bfloat16 on accelerators, float32 on a CPU."""
+    attention: Literal["auto", "blocked", "cudnn"] = "auto"
+    """Attention kernel: cudnn on an NVIDIA GPU with bfloat16, else blocked."""
+
+    # looking at it
+    eval_every: int = 250
+    """Steps between measurements of validation bits per byte; 0: never."""
+    eval_tokens: int = 80 * 524288
+    """Tokens of validation text in each."""
+    sample_every: int = 2000
+    """Steps between samples of text; 0: never."""
+    sample_tokens: int = 32
+    """Tokens of each sample."""
+    save_every: int = 1000
+    """Steps between checkpoints, best a multiple of eval_every; 0: only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the one with the lowest validation bits per byte."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also report to Weights & Biases; offline writes into the run's folder."""
+
+
 def _take_preset(args: list[str]) -> tuple[str | None, list[str]]:
     rest, preset = [], None
     position = 0
@@ -79,6 +189,15 @@ def _take_preset(args: list[str]) -> tuple[str | None, list[str]]:
             rest.append(arg)
         position += 1
     return preset, rest
+
+
+def _settings(config_class: type, preset: str) -> dict[str, Any]:
+    """The part of a preset that is meant for this stage."""
+    content = _read_toml(preset)
+    if not any(isinstance(value, dict) for value in content.values()):
+        return content
+    words = re.findall("[A-Z][a-z0-9]*", config_class.__name__.removesuffix("Config"))
+    return content.get("_".join(words).lower(), {})
 
 
 def _read_toml(preset: str) -> dict[str, Any]:

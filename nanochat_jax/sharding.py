@@ -2,9 +2,9 @@
 
 One axis, "data". Each device computes its own rows of the batch with a full copy of the weights in
 the compute dtype; float32 master weights and optimizer moments exist once, cut over the devices
-(ZeRO-1, arXiv 1910.02054) along one dimension per parameter. Muon needs whole matrices, so stacks of
-matrices are cut along the stack; a stack that the devices do not divide is padded with zero
-matrices. Checkpoints hold the logical arrays without that padding: they fit any number of devices.
+(ZeRO-1, arXiv 1910.02054) along one dimension per parameter. Muon needs whole matrices, so stacks
+of matrices are cut along the stack; one that the devices do not divide is padded with zero
+matrices. Checkpoints hold the logical arrays without that padding: they fit any device count.
 """
 
 import os
@@ -41,7 +41,7 @@ def initialize_distributed() -> None:
 
 
 def make_mesh(n_devices: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A one-axis mesh over the first `n_devices` (default all) of `devices` (default jax.devices())."""
+    """A one-axis mesh over the first `n_devices` (default all) of `devices` (default: ours)."""
     available = list(jax.devices() if devices is None else devices)
     wanted = len(available) if n_devices is None else n_devices
     if not 1 <= wanted <= len(available):

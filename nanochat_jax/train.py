@@ -246,7 +246,7 @@ def gather_weights(model: GPT, params: Params) -> Params:
 def scatter_gradients(model: GPT, n_devices: int, gradients: Params) -> Params:
     """Whole gradients of this device's rows -> this device's slice of their sum, float32.
 
-    Matrices travel in the compute dtype (bfloat16 on a GPU), the few small replicated ones in float32.
+    Matrices travel in the compute dtype (bfloat16 on a GPU), the small replicated ones in float32.
     """
 
     def scatter(name, leaf):
