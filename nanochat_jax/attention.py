@@ -3,9 +3,9 @@
 Shapes: B batch, T time, N query heads, K key/value heads (N a multiple of K), H head dim.
 A query at position i sees keys j with 0 <= i − j <= window, so window + 1 keys, itself included.
 
-* `blocked`: plain XLA for every device. Blocks of queries, each against only the keys that its window
-  reaches; the backward pass recomputes the probabilities from the saved log-sum-exp, so nothing of size
-  T×T is kept (FlashAttention's recomputation, arXiv 2205.14135, without its tiling over keys).
+* `blocked`: plain XLA for every device. Blocks of queries, each against only the keys that its
+  window reaches; the backward pass recomputes the probabilities from the saved log-sum-exp, so
+  nothing of size T×T is kept (FlashAttention's recomputation, arXiv 2205.14135).
 * `cudnn`: the fused kernels of an NVIDIA GPU (bfloat16, T a multiple of 128).
 """
 
@@ -39,7 +39,7 @@ def causal_attention(
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-# --- blocked ---------------------------------------------------------------------------------------
+# --- blocked --------------------------------------------------------------------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
