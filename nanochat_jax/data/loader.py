@@ -18,17 +18,21 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import grain
 import numpy as np
 
-from nanochat_jax.data.packing import BestFitPacker, Document
 from nanochat_jax.data.shards import DocumentBlocks, Shards
-
-REFILL_DOCS = 128  # documents that enter the packing buffer at once, as in the original
+from nanochat_jax.data.streams import (
+    BlockEncoder,
+    Encoder,
+    Layout,
+    Stream,
+    StreamState,
+    stream_text,
+)
 
 
 class Batch(NamedTuple):
@@ -36,157 +40,6 @@ class Batch(NamedTuple):
 
     inputs_ABT: Any
     targets_ABT: Any
-
-
-class Encoder(Protocol):
-    """What the loader asks of a tokenizer."""
-
-    def encode_batch(
-        self, texts: list[str], *, prepend_bos: bool = ..., threads: int = ...
-    ) -> list[list[int]]: ...
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Everything on which the rows depend besides the data and the tokenizer."""
-
-    rows: int  # of one step, over all processes and micro-batches
-    sequence_len: int
-    streams: int
-    buffer_docs: int
-
-    def owned_streams(self, process_index: int, process_count: int) -> range:
-        """The streams of one process; ValueError when rows, streams and processes do not divide."""
-        if self.rows % self.streams:
-            raise ValueError(
-                f"{self.rows} rows a step cannot be divided among {self.streams} streams; "
-                f"use {math.gcd(self.rows, self.streams)} streams, or another batch size"
-            )
-        if self.streams % process_count:
-            raise ValueError(
-                f"{self.streams} streams cannot be divided among {process_count} processes; "
-                "use a number of streams that is a multiple of the number of processes"
-            )
-        owned = self.streams // process_count
-        return range(process_index * owned, (process_index + 1) * owned)
-
-
-class BlockEncoder:
-    """Turns the texts of a block into (length, the first `row_len` token ids) pairs.
-
-    It runs in the threads that grain keeps; tiktoken lets go of the GIL meanwhile.
-    """
-
-    def __init__(self, tokenizer: Encoder, row_len: int, threads: int) -> None:
-        self._tokenizer = tokenizer
-        self._row_len = row_len
-        self._threads = threads
-
-    def __call__(self, texts: list[str]) -> list[tuple[int, np.ndarray]]:
-        ids = self._tokenizer.encode_batch(texts, prepend_bos=True, threads=self._threads)
-        return [(len(doc), np.array(doc[: self._row_len], dtype=np.int32)) for doc in ids]
-
-
-# ---- one stream ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """What a stream will do next: its next document, and what waits in its buffer, by arrival."""
-
-    visit: int
-    position: int
-    buffer: tuple[Document, ...]
-
-    def __deepcopy__(self, memo: dict) -> "StreamState":
-        return self  # immutable; grain copies the state of every step
-
-    def to_json(self) -> dict[str, Any]:
-        """The buffer as [visit, [positions…]] pairs: arrival is by visit, then by position.
-
-        `tokens` sums the lengths of the buffered documents: another tokenizer gives another sum.
-        """
-        visits = groupby(self.buffer, key=lambda document: document.visit)
-        return {
-            "next": [self.visit, self.position],
-            "tokens": sum(document.length for document in self.buffer),
-            "buffer": [[visit, [doc.position for doc in documents]] for visit, documents in visits],
-        }
-
-
-class Stream:
-    """One logical stream: follows its blocks and packs their documents into rows.
-
-    With `passes` a pass over its blocks is packed to the last document before the next begins.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        layout: Layout,
-        blocks: DocumentBlocks,
-        encode: BlockEncoder,
-        encoded: grain.DatasetIterator,
-        passes: bool,
-    ) -> None:
-        self._index, self._layout, self._blocks, self._encode = index, layout, blocks, encode
-        self._encoded = encoded
-        self._blocks_per_pass = len(range(index, len(blocks), layout.streams)) if passes else None
-        self._start(0, 0)
-
-    def _start(self, visit: int, position: int) -> None:
-        self._visit, self._position = visit, position
-        self._pass_began = visit
-        self._block: list[tuple[int, np.ndarray]] | None = None
-        self._encoded.set_state({"next_index": visit})
-        row_len = self._layout.sequence_len + 1
-        self.packer = BestFitPacker(row_len, self._layout.buffer_docs, self._refill)
-
-    def rows(self) -> list[np.ndarray]:
-        """This stream's part of a step."""
-        return [self.packer.row() for _ in range(self._layout.rows // self._layout.streams)]
-
-    def state(self) -> StreamState:
-        return StreamState(self._visit, self._position, tuple(self.packer.buffer.in_order()))
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from `StreamState.to_json()`; ValueError when the text is not the same."""
-        self._start(*state["next"])
-        texts: list[str] = []
-        refs: list[tuple[int, int]] = []
-        for visit, positions in state["buffer"]:
-            texts += self._blocks.pick(self._block_of(visit), positions)
-            refs += [(visit, position) for position in positions]
-        encoded = self._encode(texts)
-        documents = [Document(*ref, *pair) for ref, pair in zip(refs, encoded, strict=True)]
-        if sum(document.length for document in documents) != state["tokens"]:
-            raise ValueError(
-                "the documents of the saved data state have other lengths now: resume with the "
-                "tokenizer and the shards that the run was started with"
-            )
-        self.packer.add(documents)
-
-    def _block_of(self, visit: int) -> int:
-        return (self._index + visit * self._layout.streams) % len(self._blocks)
-
-    def _refill(self) -> list[Document]:
-        if self._at_end_of_pass():
-            self._pass_began = self._visit
-            return []
-        if self._block is None:
-            self._block = next(self._encoded)
-        start = self._position
-        part = self._block[start : start + REFILL_DOCS]
-        documents = [Document(self._visit, start + i, *pair) for i, pair in enumerate(part)]
-        self._position += len(part)
-        if self._position == len(self._block):
-            self._visit, self._position, self._block = self._visit + 1, 0, None
-        return documents
-
-    def _at_end_of_pass(self) -> bool:
-        if self._blocks_per_pass is None or self._block is not None:
-            return False
-        return self._visit % self._blocks_per_pass == 0 and self._visit != self._pass_began
 
 
 # ---- all streams of one process --------------------------------------------------------------
@@ -208,7 +61,7 @@ class PackedRows(grain.IterDataset):
         options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         parents = []
         for index in owned:
-            text = _stream_text(blocks, index, layout.streams, passes)
+            text = stream_text(blocks, index, layout.streams, passes)
             parents.append(text.map(encode).to_iter_dataset(options))
         super().__init__(parents)
         self.counters = Counters()
@@ -223,16 +76,6 @@ class PackedRows(grain.IterDataset):
             for index, blocks_of_stream in zip(self._owned, encoded, strict=True)
         }
         return PackedRowsIterator(encoded, streams, self.counters)
-
-
-def _stream_text(
-    blocks: DocumentBlocks, index: int, streams: int, passes: bool
-) -> grain.MapDataset:
-    """Every `streams`-th block from `index` on: of each pass by itself, or of the endless text."""
-    text = grain.MapDataset.source(blocks)
-    if passes:
-        return text[index::streams].repeat(reseed_each_epoch=False)
-    return text.repeat(reseed_each_epoch=False)[index::streams]
 
 
 @dataclass
@@ -277,6 +120,12 @@ class PackedRowsIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Accepts what `get_state` gave, its StreamStates as they are or as JSON."""
+        missing = [index for index in self._streams if str(index) not in state["streams"]]
+        if missing:
+            raise ValueError(
+                f"the saved data state lacks stream {missing[0]}; it must hold those of all "
+                "processes, see merge_states"
+            )
 
         def restore(item: tuple[int, Stream]) -> None:
             index, stream = item
@@ -298,6 +147,7 @@ class RowLoader(Iterator[np.ndarray]):
     def __init__(self, dataset: PackedRows, identity: dict[str, Any], prefetch: int) -> None:
         self._counters = dataset.counters
         self._identity = identity
+        self._prefetch = prefetch
         prefetched = grain.experimental.ThreadPrefetchIterDataset(
             dataset, prefetch_buffer_size=prefetch
         )
@@ -308,7 +158,8 @@ class RowLoader(Iterator[np.ndarray]):
 
     def start(self) -> None:
         """Begins preparing steps now rather than at the first `next`."""
-        self._iterator.start_prefetch()
+        if self._prefetch:
+            self._iterator.start_prefetch()
 
     @property
     def _iterator(self) -> grain.DatasetIterator:
@@ -459,8 +310,14 @@ def _row_loader(
 ) -> RowLoader:
     owned = layout.owned_streams(process_index, process_count)
     blocks = DocumentBlocks(paths, min_blocks=layout.streams)
-    threads = threads or len(os.sched_getaffinity(0))
     at_once = 1 if passes else len(owned)  # blocks that are tokenised side by side
-    encode = BlockEncoder(tokenizer, layout.sequence_len + 1, max(1, threads // at_once))
+    threads = max(1, (threads or _cpus()) // at_once)
+    encode = BlockEncoder(tokenizer, layout.sequence_len + 1, threads)
     identity = {"version": 1, "layout": asdict(layout), "data": blocks.fingerprint}
     return RowLoader(PackedRows(blocks, encode, layout, owned, passes), identity, prefetch)
+
+
+def _cpus() -> int:
+    """The cores this process may use, where the system can tell (macOS cannot)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
