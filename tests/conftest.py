@@ -16,6 +16,11 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = Path(__file__).resolve().parent.parent
+# Compiling is most of the time these tests take: a quarter of it goes with LLVM's expensive passes.
+jax.config.update("jax_disable_most_optimizations", True)
+# Programs compiled by an earlier run of the tests are used again.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def outside_folder(variable: str, default: str) -> Path:

@@ -36,7 +36,7 @@ def test_outputs_and_gradients_equal_dense_attention(T, window, heads):
     weight = jax.random.normal(jax.random.key(9), qkv[0].shape)
 
     def value(attend):
-        return jax.value_and_grad(lambda args: jnp.sum(weight * attend(*args)))(qkv)
+        return jax.jit(jax.value_and_grad(lambda args: jnp.sum(weight * attend(*args))))(qkv)
 
     blocked = value(lambda q, k, v: causal_attention(q, k, v, window, "blocked"))
     expected = value(lambda q, k, v: dense(q, k, v, window))
