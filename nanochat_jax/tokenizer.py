@@ -1,0 +1,387 @@
+"""Text to token ids and back: training, saving, encoding, and conversations with their masks.
+
+Byte-level BPE with a regex split. The merges are learned in Rust (rustbpe/), encoding is tiktoken's.
+On disk a tokenizer is a folder of two text files: tokenizer.tiktoken, the rank file that tiktoken
+reads, and tokenizer.json with the split pattern, the special tokens and what it was trained on.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiktoken
+
+from nanochat_jax import _rustbpe
+from nanochat_jax.config import base_dir
+
+# They take the last ids, in this order. All but the first only occur in conversations.
+SPECIAL_TOKENS: tuple[str, ...] = (
+    "<|bos|>",  # begins every document
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the calculator …
+    "<|python_end|>",
+    "<|output_start|>",  # … and is given its answer
+    "<|output_end|>",
+)
+
+# GPT-4's pattern but for {1,2}: with a small vocabulary, fewer tokens should go to numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+RANK_FILE = "tokenizer.tiktoken"
+DESCRIPTION_FILE = "tokenizer.json"
+
+type Progress = Callable[[str, int, int], object]
+
+
+def tokenizer_folder(name: str | Path) -> Path:
+    """Where a tokenizer lives: a name stands for tokenizer/<name> below the base directory."""
+    is_name = isinstance(name, str) and "/" not in name and name not in ("", ".", "..")
+    return base_dir() / "tokenizer" / name if is_name else Path(name).expanduser()
+
+
+class Tokenizer:
+    """A vocabulary: `ranks[i]` are the bytes of token i; the special tokens follow.
+
+    Raises ValueError when the ranks do not begin with the 256 bytes or repeat one another.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[bytes],
+        pattern: str = SPLIT_PATTERN,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.ranks = list(ranks)
+        self.pattern = pattern
+        self.provenance = dict(provenance or {})
+        self._special = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
+        by_bytes = {token: rank for rank, token in enumerate(self.ranks)}
+        if len(by_bytes) != len(ranks) or any(bytes([byte]) not in by_bytes for byte in range(256)):
+            raise ValueError("a rank list needs all 256 bytes and no token twice")
+        self._encoding = tiktoken.Encoding(
+            "nanochat_jax",
+            pat_str=pattern,
+            mergeable_ranks=by_bytes,
+            special_tokens=self._special,
+        )
+
+    # --- making and keeping -----------------------------------------------------------------------
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str] | None = None,
+        *,
+        parquet: Sequence[str | Path] = (),
+        vocab_size: int,
+        pattern: str = SPLIT_PATTERN,
+        column: str = "text",
+        doc_cap: int | None = 10_000,
+        max_chars: int | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "Tokenizer":
+        """Learns the merges from `texts`, or straight from the `column` of Parquet files.
+
+        `vocab_size` includes the special tokens; a corpus too small for it gives fewer. Documents
+        are cut to `doc_cap` characters, and reading ends after the one that passes `max_chars`.
+        `progress` is called about ten times a second with ("count", characters, max_chars or 0),
+        then ("merge", done, total). Raises ValueError for input that cannot be trained on.
+        """
+        if (texts is None) == (not parquet):
+            raise ValueError("train a tokenizer either on texts or on Parquet files")
+        if isinstance(texts, str):
+            raise ValueError("texts must yield documents, but it is one string")
+        least = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < least:
+            raise ValueError(
+                f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special "
+                f"tokens already make {least}"
+            )
+        trained = _rustbpe.train(
+            texts,
+            [Path(path) for path in parquet],
+            column=column,
+            pattern=pattern,
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            doc_cap=doc_cap,
+            max_chars=max_chars,
+            threads=threads,
+            progress=progress,
+        )
+        provenance = {
+            "requested_vocab_size": vocab_size,
+            "doc_cap": doc_cap,
+            "max_chars": max_chars,
+            "files": [Path(path).name for path in parquet],
+            "documents": trained["documents"],
+            "chars": trained["chars"],
+            "bytes": trained["bytes"],
+            "distinct_chunks": trained["chunks"],
+        }
+        return cls(trained["ranks"], pattern, provenance=provenance)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Reads what `save` wrote; ValueError names the file that is missing or damaged."""
+        folder = Path(folder)
+        description = _read_description(folder / DESCRIPTION_FILE)
+        ranks = _read_ranks(folder / RANK_FILE)
+        if description["mergeable_tokens"] != len(ranks):
+            raise ValueError(
+                f"{folder / RANK_FILE} has {len(ranks)} tokens where {DESCRIPTION_FILE} beside it "
+                f"speaks of {description['mergeable_tokens']}: they are not of the same tokenizer"
+            )
+        return cls(
+            ranks,
+            description["pattern"],
+            description["special_tokens"],
+            description.get("provenance"),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the two files; the description comes last, so that a folder with it is whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(self.ranks)
+        ]
+        description = {
+            "pattern": self.pattern,
+            "mergeable_tokens": len(self.ranks),
+            "special_tokens": list(self._special),
+            "provenance": self.provenance,
+        }
+        _write_whole(folder / RANK_FILE, "".join(lines))
+        _write_whole(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
+
+    # --- encoding ---------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the special ones included."""
+        return self._encoding.n_vocab
+
+    @property
+    def bos_id(self) -> int:
+        return self.special_id("<|bos|>")
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token; ValueError names the known ones."""
+        try:
+            return self._special[name]
+        except KeyError:
+            known = ", ".join(self._special)
+            raise ValueError(f"no special token {name!r}; there are {known}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text: what looks like a special token is text too."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, prepend_bos: bool = False, threads: int = 8
+    ) -> list[list[int]]:
+        """`encode` for many texts on several threads, each preceded by <|bos|> if wanted."""
+        rows = self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+        return [[self.bos_id, *row] for row in rows] if prepend_bos else rows
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of any ids, special ones by their names; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Raw bytes of any ids; ValueError for an id outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        outside = [i for i in ids if not 0 <= i < self.vocab_size]
+        if outside:
+            raise ValueError(
+                f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}"
+            )
+        return self._encoding.decode_bytes(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """How many bytes each token stands for, int32 (vocab_size,); 0 for special tokens."""
+        lengths = [len(token) for token in self.ranks] + [0] * len(self._special)
+        return np.array(lengths, dtype=np.int32)
+
+    # --- conversations ----------------------------------------------------------------------------
+
+    def render_conversation(
+        self, conversation: Mapping[str, Any], max_tokens: int = 2048
+    ) -> tuple[list[int], list[int]]:
+        """Ids of {"messages": […]} and a mask of equal length: 1 where the assistant is to learn.
+
+        That is its text, its calls of Python with their markers, and <|assistant_end|>, but not what
+        Python answered. Both are cut to `max_tokens`. Raises ValueError naming the message at fault.
+        """
+        ids, mask = [self.bos_id], [0]
+        for message in _merge_system(*_split_system(conversation)):
+            for piece in self._pieces(message):
+                ids += piece.ids
+                mask += [piece.is_supervised] * len(piece.ids)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(
+        self, conversation: Mapping[str, Any], max_tokens: int = 2048
+    ) -> list[int]:
+        """The prompt that asks for the last message, which must be the assistant's, once more."""
+        messages = conversation["messages"]
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(
+                "the last message must be the assistant's, whose place a completion takes; "
+                "render_prompt is for a conversation that ends with the user"
+            )
+        return self.render_prompt({**conversation, "messages": messages[:-1]}, max_tokens)
+
+    def render_prompt(self, conversation: Mapping[str, Any], max_tokens: int = 2048) -> list[int]:
+        """Ids of a conversation that ends with the user, and <|assistant_start|>.
+
+        When they would be more than `max_tokens`, the oldest turns are left out, question and answer
+        together; a system message stays with the oldest question kept. A last question that is too
+        long alone loses its beginning, never its markers.
+        """
+        system, messages = _split_system(conversation)
+        if messages[-1]["role"] != "user":
+            raise ValueError("a prompt must end with a message of the user")
+        turns = [self._message_ids(message) for message in messages]
+        room = max_tokens - 2  # <|bos|> and <|assistant_start|>
+        for first in range(0, len(turns), 2):
+            if sum(map(len, turns[first:])) > room:
+                continue
+            opening = self._message_ids(_merge_system(system, messages[first:])[0])
+            ids = opening + [i for turn in turns[first + 1 :] for i in turn]
+            if len(ids) <= room:
+                break
+        else:
+            ids = self._shortened(_merge_system(system, messages[-1:])[0], room)
+        return [self.bos_id, *ids, self.special_id("<|assistant_start|>")]
+
+    def _shortened(self, message: Mapping[str, Any], room: int) -> list[int]:
+        start, *text, end = self._message_ids(message)
+        if room < 2:
+            raise ValueError(f"a prompt of {room + 2} tokens has no room for its markers; allow 4")
+        return [start, *text[len(text) - (room - 2) :], end]
+
+    def _message_ids(self, message: Mapping[str, Any]) -> list[int]:
+        return [i for piece in self._pieces(message) for i in piece.ids]
+
+    def _pieces(self, message: Mapping[str, Any]) -> list["_Piece"]:
+        """A message with its markers, piece by piece."""
+        start, end = (self.special_id(f"<|{message['role']}_{side}|>") for side in ("start", "end"))
+        if message["role"] == "user":
+            return [_Piece([start, *self.encode(message["content"]), end], 0)]
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return [_Piece([start], 0), *map(self._part, parts), _Piece([end], 1)]
+
+    def _part(self, part: Mapping[str, str]) -> "_Piece":
+        ids = self.encode(part["text"])
+        if part["type"] == "text":
+            return _Piece(ids, 1)
+        name, is_supervised = _MARKED_PARTS[part["type"]]
+        start, end = (self.special_id(f"<|{name}_{side}|>") for side in ("start", "end"))
+        return _Piece([start, *ids, end], is_supervised)
+
+
+class _Piece(NamedTuple):
+    ids: list[int]
+    is_supervised: int
+
+
+# Parts of an assistant's message: the name of their markers, and whether they are learned.
+_MARKED_PARTS = {"python": ("python", 1), "python_output": ("output", 0)}
+
+
+def _split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
+    """A leading system message, and the rest: checked, turn by turn the user's and assistant's."""
+    messages = list(conversation["messages"])
+    system = None
+    if messages and messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+        if not isinstance(system, str):
+            raise ValueError("the content of a system message must be a string")
+    if not messages:
+        found = "only a system message" if system is not None else "no message"
+        raise ValueError(f"the conversation has {found}; it needs a message of the user")
+    for index, message in enumerate(messages):
+        _check_message(message, index % 2 == 0, f"message {index + (system is not None)}")
+    return system, messages
+
+
+def _check_message(message: Mapping[str, Any], is_users_turn: bool, where: str) -> None:
+    expected = "user" if is_users_turn else "assistant"
+    role, content = message["role"], message["content"]
+    if role != expected:
+        raise ValueError(f"{where} is the {role}'s where the {expected}'s turn is")
+    if isinstance(content, str):
+        return
+    if is_users_turn:
+        raise ValueError(f"the content of {where}, the user's, must be a string")
+    if not isinstance(content, list):
+        kind = type(content).__name__
+        raise ValueError(f"the content of {where} must be a string or a list of parts, not {kind}")
+    for part in content:
+        if part["type"] != "text" and part["type"] not in _MARKED_PARTS:
+            known = ", ".join(["text", *_MARKED_PARTS])
+            raise ValueError(f"{where} has a part of type {part['type']!r}; known are {known}")
+
+
+def _merge_system(
+    system: str | None, messages: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Puts the system message before the text of the first question, a blank line between."""
+    if system is None:
+        return list(messages)
+    question = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
+    return [question, *messages[1:]]
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no tokenizer at {path.parent}; train one with scripts/tok_train.py"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    keys = ("pattern", "mergeable_tokens", "special_tokens")
+    missing = [key for key in keys if key not in description]
+    if missing:
+        raise ValueError(f"{path} is not of a tokenizer of ours: it lacks {', '.join(missing)}")
+    return description
+
+
+def _read_ranks(path: Path) -> list[bytes]:
+    """The tokens of a tiktoken rank file, a line `base64 rank` each, ranks 0, 1, 2, …"""
+    if not path.is_file():
+        raise ValueError(f"the rank file {path} is missing; train the tokenizer again")
+    ranks: list[bytes] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            token, rank = line.split(" ")
+            ranks.append(base64.b64decode(token, validate=True))
+        except (ValueError, binascii.Error):
+            raise ValueError(f"{path} is damaged in line {number + 1}: {line!r}") from None
+        if rank != str(number):
+            raise ValueError(f"{path} is damaged: line {number + 1} should have rank {number}")
+    return ranks
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file under another name first, so that no half of it is ever found."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
