@@ -51,15 +51,16 @@ def make_mesh(n_devices: int | None = None, devices: Sequence[Any] | None = None
     )
 
 
-def spec_of(path: tuple) -> P:
+def spec_of(path: tuple, leaf: Any) -> P:
     """PartitionSpec of a leaf of the state: that of the parameter whose name ends its path."""
-    dim = shard_dim(path)
+    dim = shard_dim(path, leaf)
     return REPLICATED if dim is None else P(*[None] * dim, AXIS)
 
 
-def shard_dim(path: tuple) -> int | None:
+def shard_dim(path: tuple, leaf: Any) -> int | None:
+    """The dimension a leaf is cut along; None for scalars (step counts) and small parameters."""
     name = parameter_name(path)
-    return None if name is None else SHARD_DIM.get(name)
+    return None if name is None or not leaf.shape else SHARD_DIM.get(name)
 
 
 def parameter_name(path: tuple) -> str | None:
@@ -70,7 +71,7 @@ def parameter_name(path: tuple) -> str | None:
 
 def specs(tree: Any) -> Any:
     """The PartitionSpec of every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(path), tree)
+    return jax.tree_util.tree_map_with_path(spec_of, tree)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -87,7 +88,7 @@ def padded_size(size: int, n_devices: int) -> int:
 
 def pad_leaf(path: tuple, leaf: jax.Array, n_devices: int) -> jax.Array:
     """The leaf with zeros appended along its cut dimension until the devices divide it."""
-    dim = shard_dim(path)
+    dim = shard_dim(path, leaf)
     if dim is None:
         return leaf
     widths = [(0, 0)] * leaf.ndim
@@ -104,7 +105,7 @@ def logical_shardings(logical: Any, mesh: Mesh) -> Any:
     along another dimension that they divide, else replicated."""
 
     def choose(path, leaf):
-        dim = shard_dim(path)
+        dim = shard_dim(path, leaf)
         if dim is None:
             return NamedSharding(mesh, REPLICATED)
         for candidate in (dim, *(d for d in range(leaf.ndim) if d != dim)):

@@ -30,7 +30,6 @@ from nanochat_jax.sharding import (
     pad_tree,
     padded_size,
     shardings,
-    spec_of,
     specs,
     to_logical,
 )
@@ -192,7 +191,7 @@ def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Params, Batch, jax.Array
     of bits per byte; "loss_sum" and "tokens" are sums over all supervised targets.
     """
     local = partial(_local_eval_step, model)
-    param_specs = {name: spec_of((jax.tree_util.DictKey(name),)) for name in _shapes(model)}
+    param_specs = specs(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
     return jax.jit(
         jax.shard_map(
             local,
