@@ -8,6 +8,7 @@ Hyper-parameters are functions of the int32 step counts in the state and are nev
 restored state obeys the configuration of the day.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -22,11 +23,16 @@ from nanochat_jax.scaling import RECIPES, Plan, Recipe
 
 ADAM_EPS = 1e-10
 
-# Parameters that share hyper-parameters share a label.
+# Parameters that share hyper-parameters share a label. No label is a parameter's name: the last
+# parameter name on its path tells where a leaf of the state lies, and step counts have none.
 LABELS = {
     **dict.fromkeys(("qo", "kv", "fc", "proj", "ve_gate"), "muon"),
-    **dict.fromkeys(("smear_gate", "smear_lambda", "backout_lambda"), "smear"),
-    **{n: n for n in ("wte", "lm_head", "value_embeds", "resid_lambdas", "x0_lambdas")},
+    **dict.fromkeys(("smear_gate", "smear_lambda", "backout_lambda"), "adamw_smear"),
+    "wte": "adamw_wte",
+    "lm_head": "adamw_lm_head",
+    "value_embeds": "adamw_value_embeds",
+    "resid_lambdas": "adamw_resid",
+    "x0_lambdas": "adamw_x0",
 }
 
 
@@ -85,7 +91,7 @@ class OptimConfig:
 
 def lr_multiplier(config: OptimConfig, step):
     """What every learning rate is multiplied with: linear up, constant, linear down."""
-    xp = _namespace(step)
+    xp, step = _within(config, step)
     warmdown = max(_warmdown_steps(config), 1)
     left = (config.num_iterations - step) / warmdown
     down = left + (1 - left) * config.final_lr_frac
@@ -97,7 +103,7 @@ def lr_multiplier(config: OptimConfig, step):
 
 def muon_momentum(config: OptimConfig, step):
     """Momentum of Muon: up to its peak over the first steps, then down with the learning rate."""
-    xp = _namespace(step)
+    xp, step = _within(config, step)
     up = step / max(config.momentum_warmup_steps, 1)
     done = (step - (config.num_iterations - _warmdown_steps(config))) / max(
         _warmdown_steps(config), 1
@@ -112,7 +118,7 @@ def muon_weight_decay(config: OptimConfig, step):
     """Weight decay of Muon: half a cosine from its start to 0 (2026); 2025 has none."""
     if config.recipe == "2025":
         return 0.0
-    xp = _namespace(step)
+    xp, step = _within(config, step)
     return _scalar(config.weight_decay * 0.5 * (1 + xp.cos(np.pi * (step / config.num_iterations))))
 
 
@@ -120,8 +126,10 @@ def _warmdown_steps(config: OptimConfig) -> int:
     return round(config.warmdown_ratio * config.num_iterations)
 
 
-def _namespace(step) -> Any:
-    return jnp if isinstance(step, jax.Array) else np
+def _within(config: OptimConfig, step) -> tuple[Any, Any]:
+    """NumPy or its JAX twin, and the step; beyond the last one the schedules stand still."""
+    xp = jnp if isinstance(step, jax.Array) else np
+    return xp, xp.minimum(step, config.num_iterations)
 
 
 def _scalar(value):
@@ -146,16 +154,16 @@ def adamw_groups(gpt_config: GPTConfig, config: OptimConfig) -> dict[str, AdamWG
     scalar = config.scalar_lr * config.batch_lr_scale
     if config.recipe == "2025":
         return {
-            "lm_head": AdamWGroup(head, 0.8, 0.95, config.weight_decay),
-            "wte": AdamWGroup(table, 0.8, 0.95, config.weight_decay),
+            "adamw_lm_head": AdamWGroup(head, 0.8, 0.95, config.weight_decay),
+            "adamw_wte": AdamWGroup(table, 0.8, 0.95, config.weight_decay),
         }
     return {
-        "lm_head": AdamWGroup(head, 0.8, 0.96, 0.01),
-        "wte": AdamWGroup(table, 0.8, 0.995, 0.001),
-        "value_embeds": AdamWGroup(0.5 * table, 0.8, 0.995, 0.01),
-        "resid_lambdas": AdamWGroup(0.01 * scalar, 0.8, 0.95, 0.05),
-        "x0_lambdas": AdamWGroup(scalar, 0.96, 0.95, 0.0),
-        "smear": AdamWGroup(0.2, 0.8, 0.95, 0.0),  # the one rate that no batch scales
+        "adamw_lm_head": AdamWGroup(head, 0.8, 0.96, 0.01),
+        "adamw_wte": AdamWGroup(table, 0.8, 0.995, 0.001),
+        "adamw_value_embeds": AdamWGroup(0.5 * table, 0.8, 0.995, 0.01),
+        "adamw_resid": AdamWGroup(0.01 * scalar, 0.8, 0.95, 0.05),
+        "adamw_x0": AdamWGroup(scalar, 0.96, 0.95, 0.0),
+        "adamw_smear": AdamWGroup(0.2, 0.8, 0.95, 0.0),  # the one rate that no batch scales
     }
 
 
@@ -167,6 +175,11 @@ def make_optimizer(
     `compute_dtype` is that of Muon's matrix products (bfloat16 on accelerators); moments, norms and
     updates are float32 whatever the gradients are.
     """
+    if gpt_config.recipe != optim_config.recipe:
+        raise ValueError(
+            f"a {optim_config.recipe} optimizer was asked for a {gpt_config.recipe} model; "
+            "give both the same recipe"
+        )
     groups: dict[str, optax.GradientTransformation] = {
         label: _adamw(group, optim_config)
         for label, group in adamw_groups(gpt_config, optim_config).items()
@@ -200,7 +213,7 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformation:
         step = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda m, g: m + (1 - b1) * (g - m), state.mu, updates)
         nu = jax.tree.map(lambda v, g: v + (1 - b2) * (jnp.square(g) - v), state.nu, updates)
-        unbias1, unbias2 = (-jnp.expm1(step * np.log(b)) for b in (b1, b2))
+        unbias1, unbias2 = (-jnp.expm1(step * math.log(b)) for b in (b1, b2))
         directions = jax.tree.map(
             lambda m, v: (m / unbias1) / (jnp.sqrt(v / unbias2) + ADAM_EPS), mu, nu
         )
@@ -228,8 +241,3 @@ def _muon(config: OptimConfig, compute_dtype) -> optax.GradientTransformation:
 def _as_float32() -> optax.GradientTransformation:
     # Gradients may come in bfloat16 from the reduce-scatter.
     return optax.stateless(lambda updates, _: optax.tree.cast(updates, jnp.float32))
-
-
-def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
-    """What the gradients are multiplied with so that their global `norm` is at most `max_norm`."""
-    return jnp.minimum(1.0, max_norm / (norm + 1e-6))
