@@ -1,0 +1,227 @@
+"""Checkpoints: written in the background, whole or not at all. The only file that imports Orbax.
+
+    runs/<name>/            one folder is the model
+      config.toml           the configuration that made it
+      tokenizer/            a copy of its tokenizer
+      metrics.jsonl         every number that the run printed
+      checkpoints/<step>/   params, opt_state (arrays); meta, loader (JSON)
+
+Arrays are stored in their logical shapes (train.py), so another number of devices can restore them;
+parameters and optimizer state apart, so that inference reads the parameters only. A checkpoint that
+was being written when the process died has another name and is never seen.
+"""
+
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers
+
+from nanochat_jax.gpt import GPT, GPTConfig, Params, parameter_table
+from nanochat_jax.runtime import attention_kernel, compute_dtype
+from nanochat_jax.sharding import from_logical, logical_shardings
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import TrainState
+
+FOLDER, TOKENIZER_FOLDER = "checkpoints", "tokenizer"
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns there of what is meant to be so
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Every process of a cluster run makes the same calls."""
+
+    def __init__(self, run_folder: Path, keep_last: int = 2, read_only: bool = False):
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, not {keep_last}")
+        self.folder = run_folder / FOLDER
+        policies = [
+            checkpoint_managers.LatestN(keep_last),
+            checkpoint_managers.BestN(get_metric_fn=_val_bpb, reverse=True, n=1),
+        ]
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                save_interval_steps=0 if read_only else 1,
+                best_fn=_val_bpb,
+                best_mode="min",
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the lowest validation bits per byte; the latest where none was measured."""
+        return self._manager.best_step()
+
+    def save(
+        self, state: TrainState, meta: dict[str, Any], loader_state: dict[str, Any] | None
+    ) -> None:
+        """Begins to save a logical state; returns when the arrays may change.
+
+        `meta["val_bpb"]`, if there and not None, ranks the checkpoint. Raises what went wrong with
+        the save before, if anything.
+        """
+        bpb = meta.get("val_bpb")
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(_flat(state.opt_state)),
+                meta=ocp.args.JsonSave(meta),
+                loader=ocp.args.JsonSave(loader_state or {}),
+            ),
+            metrics={} if bpb is None else {"val_bpb": bpb},
+            force=True,
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state saved at a step, in the shapes and shardings of `abstract` (logical)."""
+        restored = self._read(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(_flat(abstract.opt_state)),
+        )
+        opt_state = jax.tree.unflatten(
+            jax.tree.structure(abstract.opt_state),
+            [restored["opt_state"][name] for name in _flat(abstract.opt_state)],
+        )
+        step_array = jax.device_put(np.int32(step), abstract.step.sharding)
+        return TrainState(step_array, restored["params"], opt_state)
+
+    def restore_params(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> Params:
+        """The parameters alone, in the shapes and shardings of `abstract`."""
+        return self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return self._read(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def loader_state(self, step: int) -> dict[str, Any] | None:
+        return self._read(step, loader=ocp.args.JsonRestore())["loader"] or None
+
+    def wait(self) -> None:
+        """Until the save that is under way has ended; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and TensorStore raise of every kind
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ValueError(
+                f"checkpoint {self.folder / str(step)} cannot be read ({reason}); if it is "
+                "damaged, delete that folder to go back to the one before"
+            ) from error
+
+
+def _val_bpb(metrics: dict[str, float]) -> float:
+    return metrics.get("val_bpb", math.inf)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """path -> leaf: a checkpoint does not know optax's classes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+# --- one folder is the model ----------------------------------------------------------------------
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to use: `params` are whole, float32, as gpt.py declares them."""
+
+    model: GPT
+    params: Params
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+
+
+def load_model(
+    run_folder: Path,
+    step: int | str | None = None,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+) -> LoadedModel:
+    """Loads model, parameters, tokenizer and meta from a run's folder; never the optimizer.
+
+    `step` is a number, "last" (also None) or "best". Without a mesh the parameters lie whole on the
+    first device; with one they are cut and padded for training and evaluation steps on it.
+    ValueError for a folder without checkpoints or without that step.
+    """
+    with open_checkpoints(run_folder) as checkpoints:
+        chosen = _choose_step(checkpoints, step)
+        meta = checkpoints.meta(chosen)
+        config = GPTConfig(**meta["model"])
+        params = checkpoints.restore_params(chosen, _abstract_params(config, mesh))
+    kind = compute_dtype(dtype)
+    kernel = attention_kernel(attention, kind, config.sequence_len, config.head_dim)
+    if mesh is not None:
+        params = from_logical(params, mesh)
+    tokenizer = Tokenizer.load(run_folder / TOKENIZER_FOLDER)
+    return LoadedModel(GPT(config, kind, kernel), params, tokenizer, meta)
+
+
+def open_checkpoints(run_folder: Path) -> Checkpoints:
+    """For reading only; ValueError where there are none."""
+    if not (run_folder / FOLDER).is_dir():
+        raise ValueError(f"{run_folder} holds no checkpoints; train one with scripts/pretrain.py")
+    return Checkpoints(run_folder, read_only=True)
+
+
+def _choose_step(checkpoints: Checkpoints, step: int | str | None) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise ValueError(f"{checkpoints.folder} holds no finished checkpoint")
+    named = {None: steps[-1], "last": steps[-1], "best": checkpoints.best()}
+    chosen = named.get(step, step) if isinstance(step, str | None) else step
+    if isinstance(chosen, str) and chosen.isdigit():
+        chosen = int(chosen)
+    if chosen not in steps:
+        listed = ", ".join(map(str, steps))
+        raise ValueError(f"{checkpoints.folder} has no step {step}; it has {listed}, last and best")
+    return chosen
+
+
+def _abstract_params(config: GPTConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, (shape, _) in parameter_table(config).items()
+    }
+    whole = SingleDeviceSharding(jax.local_devices()[0])
+    placed = dict.fromkeys(shapes, whole) if mesh is None else logical_shardings(shapes, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
+        for name, leaf in shapes.items()
+    }
+
+
+def model_meta(config: GPTConfig) -> dict[str, Any]:
+    """What `load_model` needs in a checkpoint's meta."""
+    return {"model": asdict(config)}

@@ -1,0 +1,1 @@
+"""Measures of a model: bits per byte, and text to look at."""

@@ -1,0 +1,42 @@
+"""Bits per byte: the loss per byte of text rather than per token, so vocabularies can be compared.
+
+Σ nats / (ln 2 · Σ bytes), both over the target tokens that stand for text: special tokens and
+masked targets count in neither.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from nanochat_jax.gpt import Params
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float:
+    """Nats over a text of so many bytes, in bits per byte; infinite where there is no text."""
+    return nats / (math.log(2) * n_bytes) if n_bytes else math.inf
+
+
+def evaluate(
+    eval_step: Callable[[Params, Any, Any], dict[str, jax.Array]],
+    params: Params,
+    batches: Iterable[Any],
+    token_bytes_V: Any,
+) -> dict[str, float]:
+    """Runs `eval_step` (train.make_eval_step) over all batches.
+
+    Returns "bpb", "loss" (nats per supervised token), and the counts "tokens" and "bytes". The sums
+    of the batches are added in float64.
+    """
+    sums = jax.device_get([eval_step(params, batch, token_bytes_V) for batch in batches])
+    nats, n_bytes, loss, tokens = (
+        math.fsum(float(batch[name]) for batch in sums)
+        for name in ("nats", "bytes", "loss_sum", "tokens")
+    )
+    return {
+        "bpb": bits_per_byte(nats, n_bytes),
+        "loss": loss / max(tokens, 1),
+        "tokens": int(tokens),
+        "bytes": int(n_bytes),
+    }

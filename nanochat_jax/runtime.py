@@ -1,0 +1,124 @@
+"""What every script does first and last: join the cluster, keep compiled programs, speak to people.
+
+Only process 0 of a cluster run prints. A mistake of the user ends a script with one sentence; a
+traceback means a fault of ours.
+"""
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.config import base_dir
+from nanochat_jax.sharding import initialize_distributed
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def start() -> None:
+    """Joins the other processes and turns on the cache of compiled programs."""
+    initialize_distributed()
+    jax.config.update("jax_compilation_cache_dir", str(base_dir() / "jax_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main; a ValueError or OSError raised by our own code becomes one sentence.
+
+    Exit code 1. NANOCHAT_TRACEBACK=1 shows the traceback all the same.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOCHAT_TRACEBACK") == "1" or not _raised_by_us(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
+
+
+def is_main_process() -> bool:
+    return jax.process_index() == 0
+
+
+def say(*lines: Any) -> None:
+    """Prints on process 0 only, at once."""
+    if is_main_process():
+        print(*lines, flush=True)
+
+
+def compute_dtype(name: str) -> Any:
+    """The type of matrix products and activations: "auto" is bfloat16 but for a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is auto, float32 or bfloat16, not {name!r}")
+    return jnp.bfloat16 if name == "bfloat16" else jnp.float32
+
+
+def attention_kernel(name: str, dtype: Any, sequence_len: int, head_dim: int) -> str:
+    """The attention to compile: "auto" is cudnn wherever its conditions hold."""
+    if name not in ("auto", "blocked", "cudnn"):
+        raise ValueError(f"attention is auto, blocked or cudnn, not {name!r}")
+    wrong = _why_not_cudnn(dtype, sequence_len, head_dim)
+    if name == "cudnn" and wrong:
+        raise ValueError(f"attention=cudnn needs {wrong}; use attention=blocked")
+    return "blocked" if name == "blocked" or wrong else "cudnn"
+
+
+def _why_not_cudnn(dtype: Any, sequence_len: int, head_dim: int) -> str | None:
+    if "NVIDIA" not in jax.devices()[0].device_kind:
+        return f"an NVIDIA GPU, not {jax.devices()[0].device_kind!r}"
+    if dtype != jnp.bfloat16:
+        return "dtype=bfloat16"
+    if sequence_len % 128:
+        return f"rows of a multiple of 128 tokens, not {sequence_len}"
+    if head_dim % 8 or head_dim > 128:
+        return f"heads of a multiple of 8 and at most 128, not {head_dim}"
+    return None
+
+
+def provenance() -> dict[str, Any]:
+    """Where something was made: code, versions, devices."""
+    packages = ("nanochat-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {
+        "commit": _git_commit(),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in packages},
+        "device": jax.devices()[0].device_kind,
+        "n_devices": jax.device_count(),
+        "n_processes": jax.process_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this runs from, with "+changes" where files differ from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", ".")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
