@@ -22,8 +22,9 @@ def optim_config(meta: dict, recipe: str) -> OptimConfig:
     if "warmup_ratio" in overrides:
         overrides["warmup_steps"] = round(overrides.pop("warmup_ratio") * meta["num_iterations"])
     if recipe == "2026":
-        schedule = meta.get("per_step") or meta["schedule"]
-        overrides["weight_decay"] = schedule[0]["muon_weight_decay"]
+        schedule = meta.get("per_step") or meta.get("schedule")
+        if schedule:
+            overrides["weight_decay"] = schedule[0]["muon_weight_decay"]
     if "per_step" in meta:
         # Whether the rates above already hold the factor of the batch shows in Muon's first rate.
         rates = [g["initial_lr"] for g in meta["per_step"][0]["groups"] if "momentum" in g]
