@@ -167,6 +167,11 @@ def read_footer(path: Path) -> pq.FileMetaData:
     return footer
 
 
+def read_texts(path: Path, row_group: int, footer: pq.FileMetaData) -> list[str]:
+    """The documents of one row group; ValueError naming the file when it is damaged."""
+    return _texts(_read_row_group(path, row_group, footer))
+
+
 def _read_row_group(path: Path, row_group: int, footer: pq.FileMetaData) -> pa.ChunkedArray:
     try:
         with pq.ParquetFile(path, metadata=footer) as file:
