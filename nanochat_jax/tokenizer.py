@@ -1,15 +1,16 @@
 """Text to token ids and back: training, saving, encoding, and conversations with their masks.
 
-Byte-level BPE with a regex split. The merges are learned in Rust (rustbpe/), encoding is tiktoken's.
-On disk a tokenizer is a folder of two text files: tokenizer.tiktoken, the rank file that tiktoken
+Byte-level BPE with a regex split. The merges are learned in Rust (rustbpe/); tiktoken encodes. On
+disk a tokenizer is a folder of two text files: tokenizer.tiktoken, the rank file that tiktoken
 reads, and tokenizer.json with the split pattern, the special tokens and what it was trained on.
 """
 
 import base64
 import binascii
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,10 @@ SPLIT_PATTERN = (
 
 RANK_FILE = "tokenizer.tiktoken"
 DESCRIPTION_FILE = "tokenizer.json"
+
+# tiktoken's regex engine panics on a run of a million spaces; nobody writes a tenth of that.
+MAX_SPACE = 50_000
+LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE},}}+")
 
 type Progress = Callable[[str, int, int], object]
 
@@ -107,8 +112,8 @@ class Tokenizer:
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
             raise ValueError(
-                f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special "
-                f"tokens already make {least}"
+                f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
+                f"special tokens already make {least}"
             )
         trained = _rustbpe.train(
             texts,
@@ -188,14 +193,20 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: what looks like a special token is text too."""
-        return self._encoding.encode_ordinary(text)
+        return list(chain.from_iterable(map(self._encoding.encode_ordinary, _safe_parts(text))))
 
     def encode_batch(
         self, texts: Sequence[str], *, prepend_bos: bool = False, threads: int = 8
     ) -> list[list[int]]:
         """`encode` for many texts on several threads, each preceded by <|bos|> if wanted."""
-        rows = self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
-        return [[self.bos_id, *row] for row in rows] if prepend_bos else rows
+        parts = [_safe_parts(text) for text in texts]
+        encoded = iter(
+            self._encoding.encode_ordinary_batch(
+                [part for text in parts for part in text], num_threads=threads
+            )
+        )
+        opening = [self.bos_id] if prepend_bos else []
+        return [[*opening, *chain.from_iterable(islice(encoded, len(text)))] for text in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of any ids, special ones by their names; bytes that are not UTF-8 become U+FFFD."""
@@ -221,10 +232,10 @@ class Tokenizer:
     def render_conversation(
         self, conversation: Mapping[str, Any], max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
-        """Ids of {"messages": […]} and a mask of equal length: 1 where the assistant is to learn.
+        """Ids of {"messages": […]} and a mask of equal length, 1 where the assistant is to learn.
 
-        That is its text, its calls of Python with their markers, and <|assistant_end|>, but not what
-        Python answered. Both are cut to `max_tokens`. Raises ValueError naming the message at fault.
+        That is its text, its calls of Python with their markers, and <|assistant_end|>, but not
+        what Python answered. Both are cut to `max_tokens`. ValueError names the message at fault.
         """
         ids, mask = [self.bos_id], [0]
         for message in _merge_system(*_split_system(conversation)):
@@ -248,9 +259,9 @@ class Tokenizer:
     def render_prompt(self, conversation: Mapping[str, Any], max_tokens: int = 2048) -> list[int]:
         """Ids of a conversation that ends with the user, and <|assistant_start|>.
 
-        When they would be more than `max_tokens`, the oldest turns are left out, question and answer
-        together; a system message stays with the oldest question kept. A last question that is too
-        long alone loses its beginning, never its markers.
+        When they would be more than `max_tokens`, the oldest turns are left out, question and
+        answer together; a system message stays with the oldest question kept. A last question that
+        is too long alone loses its beginning, never its markers.
         """
         system, messages = _split_system(conversation)
         if messages[-1]["role"] != "user":
@@ -302,6 +313,15 @@ class _Piece(NamedTuple):
 
 # Parts of an assistant's message: the name of their markers, and whether they are learned.
 _MARKED_PARTS = {"python": ("python", 1), "python_output": ("output", 0)}
+
+
+def _safe_parts(text: str) -> list[str]:
+    """The text, cut inside absurdly long runs of white space: what tiktoken can take in at once."""
+    if len(text) < MAX_SPACE:
+        return [text]
+    runs = LONG_SPACE.finditer(text)
+    cuts = [cut for run in runs for cut in range(run.start() + MAX_SPACE, run.end(), MAX_SPACE)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 def _split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
