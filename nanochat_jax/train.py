@@ -242,6 +242,23 @@ def gather_weights(model: GPT, params: Params) -> Params:
         return {name: gather(name, leaf) for name, leaf in params.items()}
 
 
+def make_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
+    """The jitted function from parameters cut over the mesh to whole ones in the compute dtype.
+
+    They lie on every device: what generation needs in the middle of a run.
+    """
+    param_specs = specs(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
+    return jax.jit(
+        jax.shard_map(
+            partial(gather_weights, model),
+            mesh=mesh,
+            in_specs=(param_specs,),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )
+    )
+
+
 def scatter_gradients(model: GPT, n_devices: int, gradients: Params) -> Params:
     """Whole gradients of this device's rows -> this device's slice of their sum, float32.
 
