@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.sharding import initialize_distributed
@@ -55,6 +56,12 @@ def say(*lines: Any) -> None:
     """Prints on process 0 only, at once."""
     if is_main_process():
         print(*lines, flush=True)
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process of a cluster run has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def compute_dtype(name: str) -> Any:

@@ -12,6 +12,8 @@ import jax
 
 from nanochat_jax.gpt import Params
 
+AHEAD = 3  # batches that the device may have before it at once
+
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
     """Nats over a text of so many bytes, in bits per byte; infinite where there is no text."""
@@ -29,7 +31,11 @@ def evaluate(
     Returns "bpb", "loss" (nats per supervised token), and the counts "tokens" and "bytes". The sums
     of the batches are added in float64.
     """
-    sums = jax.device_get([eval_step(params, batch, token_bytes_V) for batch in batches])
+    sums = []
+    for batch in batches:
+        sums.append(eval_step(params, batch, token_bytes_V))
+        jax.block_until_ready(sums[-AHEAD:][0])
+    sums = jax.device_get(sums)
     nats, n_bytes, loss, tokens = (
         math.fsum(float(batch[name]) for batch in sums)
         for name in ("nats", "bytes", "loss_sum", "tokens")

@@ -1,0 +1,122 @@
+"""What a stage does besides training steps: measure, write samples, save. The loop calls them.
+
+Every process of a cluster run makes the same calls, since each of them starts with something that
+all devices compute together.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.data.loader import merge_states
+from nanochat_jax.evals.bits_per_byte import evaluate
+from nanochat_jax.evals.samples import complete
+from nanochat_jax.gpt import GPT, Params
+from nanochat_jax.loop import NonFiniteError, Progress
+from nanochat_jax.runtime import is_main_process
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import (
+    TrainState,
+    make_eval_step,
+    make_gather,
+    put_batch,
+    state_to_logical,
+)
+
+
+def make_evaluate(
+    model: GPT,
+    mesh: Mesh,
+    token_bytes: np.ndarray,
+    rows: Callable[[], Iterable[np.ndarray]],
+    stopped: Callable[[], bool] = lambda: False,
+) -> Callable[[Params], dict[str, float] | None]:
+    """The function from a state's parameters to bits per byte over `rows()`; None when stopped.
+
+    `rows` gives this process's rows of each batch, (B, T+1); they must always be the same, and are
+    read once. `stopped` is asked between batches; in a cluster it must always say no.
+    """
+    eval_step = make_eval_step(model, mesh)
+    kept: list[np.ndarray] = []  # tokenising them again each time would cost more than the model
+
+    def run(params: Params) -> dict[str, float] | None:
+        if not kept:
+            kept.extend(takewhile(lambda _: not stopped(), rows()))
+        batches = (put_batch(part, 1, mesh) for part in kept if not stopped())
+        result = evaluate(eval_step, params, batches, token_bytes)
+        if stopped():
+            kept.clear()  # they may not be all
+            return None
+        return result
+
+    return run
+
+
+def make_sample(
+    model: GPT, mesh: Mesh, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, seed: int
+) -> Callable[[Params], list[tuple[str, str]]]:
+    """The function from a state's parameters to (prompt, completion) pairs; [] but on process 0."""
+    gather = make_gather(model, mesh)
+
+    def run(params: Params) -> list[tuple[str, str]]:
+        whole = gather(params)
+        if not is_main_process():
+            return []
+        one_device = {name: array.addressable_data(0) for name, array in whole.items()}
+        texts = complete(
+            model,
+            one_device,
+            tokenizer,
+            prompts,
+            max_new_tokens=n_tokens,
+            key=jax.random.key(seed),
+        )
+        return list(zip(prompts, texts, strict=True))
+
+    return run
+
+
+def make_save(
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    loader_state: Callable[[], dict[str, Any]],
+    describe: Callable[[int, Progress], dict[str, Any]],
+) -> Callable[[TrainState, Progress], None]:
+    """The function that begins to save a state, with what `describe(step, progress)` says of it.
+
+    Parameters that are not finite are never saved: NonFiniteError.
+    """
+    all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params])))
+
+    def run(state: TrainState, progress: Progress) -> None:
+        step = int(state.step)
+        if not all_finite(list(state.params.values())):
+            raise NonFiniteError(step, "a parameter is not finite", loader_state())
+        logical = state_to_logical(model, optimizer, mesh, state)
+        checkpoints.save(logical, describe(step, progress), merge_over_processes(loader_state()))
+
+    return run
+
+
+def merge_over_processes(loader_state: dict[str, Any]) -> dict[str, Any]:
+    """The data states of all processes as one; every process must call it."""
+    if jax.process_count() == 1:
+        return loader_state
+    encoded = np.frombuffer(json.dumps(loader_state).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(encoded)]))[:, 0]
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(encoded)] = encoded
+    gathered = multihost_utils.process_allgather(padded)
+    pairs = zip(gathered, sizes, strict=True)
+    return merge_states([json.loads(row[:size].tobytes()) for row, size in pairs])

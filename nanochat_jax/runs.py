@@ -1,0 +1,75 @@
+"""A run's folder: who may write into it, and whether what is there can be continued.
+
+runs/<name>/ is described in checkpoint.py. What decides the numbers of a run (its identity) is
+saved with every checkpoint and compared when the run is resumed; everything else may change.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.checkpoint import FOLDER, TOKENIZER_FOLDER
+from nanochat_jax.config import base_dir, to_toml
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tracking import FILE
+
+CONFIG_FILE = "config.toml"
+
+
+def run_folder(name: str | Path) -> Path:
+    """Where a run lives: a name stands for runs/<name>, anything with a slash for itself."""
+    if isinstance(name, str) and "/" not in name and name not in ("", ".", ".."):
+        return base_dir() / "runs" / name
+    return Path(name).expanduser()
+
+
+def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
+    """ValueError when a run is there and it was not said what to do with it."""
+    if resume and overwrite:
+        raise ValueError("--resume continues a run and --overwrite deletes it: choose one of them")
+    if _is_run(folder) and not (resume or overwrite):
+        raise ValueError(
+            f"the run {folder} exists already: continue it with --resume, choose another name with "
+            "--run, or delete it and start again with --overwrite"
+        )
+
+
+def make_ready(folder: Path, overwrite: bool) -> None:
+    """Makes the folder, empty if `overwrite`; for one process only."""
+    if overwrite and _is_run(folder):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG_FILE, FILE, FOLDER))
+
+
+def describe(folder: Path, config: Any, tokenizer: Tokenizer) -> None:
+    """Writes what is the run's besides numbers and checkpoints: its configuration and tokenizer."""
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    draft = folder / (CONFIG_FILE + ".tmp")
+    draft.write_text(to_toml(config), encoding="utf-8")
+    draft.replace(folder / CONFIG_FILE)
+
+
+def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError, naming every difference, unless two identities are equal as JSON."""
+    now = json.loads(json.dumps(now))
+    differences = list(_differences(then, now, ""))
+    if differences:
+        raise ValueError(
+            f"the run {folder} cannot be continued like this: {'; '.join(differences)}. Repeat its "
+            f"settings with --config {folder / CONFIG_FILE} --resume, or choose another --run"
+        )
+
+
+def _differences(then: Any, now: Any, where: str) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            name = f"{where} {key}".strip()
+            yield from _differences(then.get(key), now.get(key), name)
+    elif then != now:
+        yield f"{where} was {then}, now {now}"
