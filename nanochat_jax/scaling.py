@@ -426,6 +426,8 @@ def _explain_rates(plan: Plan) -> list[tuple[str, str, str]]:
     settings, scale = plan.settings, plan.batch_lr_scale
     width = (plan.config.n_embd / 768) ** -0.5
     rule = f"sqrt(batch / {REFERENCE_BATCH:,})" if plan.recipe == "2026" else "not scaled"
+    if scale != _batch_lr_scale(plan.recipe, plan.total_batch_size):
+        rule = "as given"
     decay = (
         f"{settings.weight_decay:g} × sqrt(batch / {REFERENCE_BATCH:,}) × tokens of d12 / tokens"
     )
