@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# From nothing to a trained base model, in one command.
+#   bash speedrun.sh                     the preset that fits this machine (no GPU: configs/cpu.toml)
+#   bash speedrun.sh --preset d20_2025   another one of configs/
+#   bash speedrun.sh --plan              only says what it would do and cost
+# Finished stages are skipped when it is run again; an interrupted one goes on where it was.
+# NANOCHAT_BASE_DIR names where everything is kept (default ~/.cache/nanochat_jax).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. requirements/prepare.sh
+
+preset='' plan_only=''
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --preset) preset=${2:?--preset needs a name in configs/}; shift 2 ;;
+        --preset=*) preset=${1#--preset=}; shift ;;
+        --plan) plan_only=1; shift ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) die "unknown argument $1; see bash speedrun.sh --help" ;;
+    esac
+done
+prepare_environment
+if [ -z "$preset" ]; then
+    if [ "$VARIANT" = cpu ]; then preset=cpu; else preset=speedrun; fi
+fi
+[ -f "configs/$preset.toml" ] || die "there is no configs/$preset.toml; presets: $(cd configs && echo *.toml | sed 's/\.toml//g')"
+export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat_jax}
+export PYTHONUNBUFFERED=1
+
+# One table of the preset per stage: this reads one value of it.
+setting() {
+    "$PYTHON" -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))[sys.argv[2]][sys.argv[3]])' "configs/$preset.toml" "$1" "$2"
+}
+run=$(setting pretrain run)
+done_folder="$NANOCHAT_BASE_DIR/speedrun/$preset"
+mkdir -p "$done_folder"
+
+# stage NAME COMMAND…: runs it unless it has finished with this preset before.
+stage() {
+    local name=$1 mark began=$SECONDS
+    shift
+    mark="$done_folder/$name.$(cksum <"configs/$preset.toml" | cut -d' ' -f1)"
+    if [ -f "$mark" ]; then say "$name: done before, skipped"; return; fi
+    say "$name"
+    "$PYTHON" "$@"
+    echo $((SECONDS - began)) >"$mark"
+    say "$name took $((SECONDS - began)) s"
+}
+
+say "Preset $preset; everything goes to $NANOCHAT_BASE_DIR"
+"$PYTHON" scripts/plan.py --config "$preset" --no-compile
+if [ -n "$plan_only" ]; then exit 0; fi
+
+stage download scripts/download.py --config "$preset"
+stage tok_train scripts/tok_train.py --config "$preset"
+stage tok_eval scripts/tok_eval.py --name "$(setting tok_train name)" --dataset "$(setting pretrain dataset)"
+stage pretrain scripts/pretrain.py --config "$preset" --resume
+stage eval scripts/eval_base.py --run "$run" --eval bpb,sample
+
+say "Finished in $((SECONDS / 60)) min $((SECONDS % 60)) s. Let it write: $PYTHON scripts/generate.py --run $run --prompt 'The function returns'"
