@@ -4,9 +4,10 @@
     python scripts/bench_train.py --depth=24 --device-batch-size=16 --accumulation=4  # one GPU
 
 Random tokens, so no data set and no tokenizer. After a warm-up it times whole steps and takes the
-median; a micro-batch is timed as the difference (of the fastest steps) between two programs that
-differ by one, and the rest of the step is the optimizer and the collectives. `--packing` also feeds the step from a data set through the
-real input pipeline, to see whether it waits. The last line is one JSON object.
+median. A micro-batch is timed as the difference (of the fastest steps) between two programs that
+differ by one; the rest of the step is the optimizer and the collectives. `--packing` also feeds the
+step from a data set through the input pipeline, to see whether it waits. The last line is one JSON
+object.
 """
 
 import json
