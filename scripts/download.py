@@ -32,7 +32,7 @@ from rich.progress import (
 from nanochat_jax.config import parse
 from nanochat_jax.data.corpus import convert_folder, make_local_dataset
 from nanochat_jax.data.hub import download_shards
-from nanochat_jax.data.shards import HUB_DATASETS, LOCAL, list_shards
+from nanochat_jax.data.shards import HUB_DATASETS, LOCAL, dataset_folder, list_shards
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def main(config: DownloadConfig) -> None:
     if config.source is not None:
         if config.name is None:
             raise ValueError("give the new data set a name: --from FOLDER --name NAME")
+        if dataset_folder(config.name).exists():
+            print(f"{config.name} is there already; delete its folder to make it again")
         folder = convert_folder(config.source, config.name)
     elif config.dataset == LOCAL:
         folder = make_local_dataset()

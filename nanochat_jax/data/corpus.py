@@ -147,25 +147,20 @@ def _read_text(path: Path) -> list[str]:
 
 
 def split_long(text: str, limit: int = DOCUMENT_CHARS) -> list[str]:
-    """A text in pieces of at most `limit` characters, cut at blank lines where there are any."""
-    pieces: list[str] = []
-    for paragraph in [text] if len(text) <= limit else re.split(r"\n\s*\n", text):
-        if pieces and len(pieces[-1]) + 2 + len(paragraph) <= limit:
-            pieces[-1] += "\n\n" + paragraph
-        else:
-            pieces += _split_paragraph(paragraph, limit)
-    return pieces
+    """A text in pieces of at most `limit` characters, cut at a blank line where there is one.
 
-
-def _split_paragraph(paragraph: str, limit: int) -> list[str]:
-    """Cuts at the last line end, else the last space, that keeps a piece within the limit."""
-    pieces = []
-    while len(paragraph) > limit:
-        ends = (paragraph.rfind("\n", 1, limit), paragraph.rfind(" ", 1, limit), limit)
-        end = next(end for end in ends if end > 0)
-        pieces.append(paragraph[:end])
-        paragraph = paragraph[end:].lstrip("\n ")
-    return [*pieces, paragraph]
+    Otherwise it is cut at the end of a line, or at a space; at worst anywhere. White space at a cut
+    is dropped. Every piece but the last is at least half the limit long.
+    """
+    pieces, start = [], 0
+    while len(text) - start > limit:
+        first, last = start + max(1, limit // 2), start + limit
+        cuts = (text.rfind(mark, first, last) for mark in ("\n\n", "\n", " "))
+        end = next((cut for cut in cuts if cut > 0), last)
+        pieces.append(text[start:end])
+        next_word = re.compile(r"\S").search(text, end)
+        start = next_word.start() if next_word else len(text)
+    return [*pieces, text[start:]] if start < len(text) or not pieces else pieces
 
 
 # ---- writing ---------------------------------------------------------------------------------

@@ -117,9 +117,9 @@ def clean(text: str) -> str:
         if stripped.startswith(("```", "~~~")):
             fenced = not fenced
             continue
-        if fenced or (block_indent >= 0 and (not stripped or indent > block_indent)):
+        if fenced or (block_indent >= 0 and stripped and indent > block_indent):
             continue
-        block_indent = -1
+        block_indent = block_indent if not stripped else -1
         example = bool(stripped) and (example or stripped.startswith(">>>"))
         is_directive = bool(re.match(r"\.\. [\w-]+::", stripped))
         if stripped.endswith("::") or is_directive:

@@ -64,7 +64,7 @@ def list_shards(dataset: str | Path) -> Shards:
     hint = _how_to_get(str(dataset))
     if not folder.is_dir():
         raise ValueError(f"there is no data set at {folder}; {hint}")
-    files = sorted(path for path in folder.glob("*.parquet") if path.is_file())
+    files = sorted(path for path in folder.glob("[!.]*.parquet") if path.is_file())
     if not files:
         raise ValueError(f"{folder} holds no .parquet shards; {hint}")
     if dataset in HUB_DATASETS:
