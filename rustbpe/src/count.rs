@@ -131,7 +131,10 @@ pub fn count_chunks(
         }
         fed
     })?;
-    Ok(shards.into_iter().map(|shard| shard.into_inner().unwrap_or_else(PoisonError::into_inner)).collect())
+    Ok(shards
+        .into_iter()
+        .map(|shard| shard.into_inner().unwrap_or_else(PoisonError::into_inner))
+        .collect())
 }
 
 /// Sends every batch to the workers; a worker's failure stops it too, and is told by that worker.
@@ -172,4 +175,80 @@ fn count_batches(
     }
     local.empty_into(shards);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Intake;
+    use std::collections::HashMap;
+
+    fn batches(documents: &[&str], each: usize) -> Vec<Result<Batch>> {
+        let mut intake = Intake::new(None, None);
+        let fill = |part: &[&str]| {
+            let mut batch = Batch::default();
+            part.iter().for_each(|document| intake.add(document, &mut batch));
+            Ok(batch)
+        };
+        documents.chunks(each).map(fill).collect()
+    }
+
+    fn count(documents: &[&str], pattern: &str, threads: usize) -> Result<HashMap<Vec<u8>, u64>> {
+        let splitter = Splitter::new(pattern)?;
+        let mut source = batches(documents, 3).into_iter();
+        let parts = count_chunks(&mut source, &splitter, threads, &mut |_| true)?;
+        let pairs = parts.iter().flat_map(|part| part.iter().map(|(k, n)| (k.to_vec(), n)));
+        let mut counts = HashMap::new();
+        for (chunk, n) in pairs {
+            assert!(counts.insert(chunk, n).is_none(), "parts share no key");
+        }
+        Ok(counts)
+    }
+
+    #[test]
+    fn counts_the_same_on_any_number_of_threads() {
+        let documents: Vec<String> =
+            (0..2000).map(|i| format!("w{} x{} same ", i % 7, i * 37)).collect();
+        let documents: Vec<&str> = documents.iter().map(String::as_str).collect();
+        let alone = count(&documents, r"\w+", 1).unwrap();
+        assert_eq!(alone[&b"same"[..]], 2000);
+        assert_eq!(alone[&b"w3"[..]], 286);
+        assert_eq!(alone.values().sum::<u64>(), 6000);
+        assert_eq!(count(&documents, r"\w+", 4).unwrap(), alone);
+    }
+
+    #[test]
+    fn a_full_local_table_is_emptied_without_loss() {
+        let text: String = (0..3 * LOCAL_CHUNKS / 2).map(|i| format!("{i} ")).collect();
+        let counts = count(&[&text, &text], r"\w+", 1).unwrap();
+        assert_eq!(counts.len(), 3 * LOCAL_CHUNKS / 2);
+        assert!(counts.values().all(|&n| n == 2));
+    }
+
+    #[test]
+    fn a_failing_splitter_ends_the_feeding() {
+        let hard = "ab".repeat(64);
+        let error = count(&vec![hard.as_str(); 500], r"(a|b|ab)*(?>c)", 3).unwrap_err();
+        assert!(error.to_string().contains("the split pattern failed"), "{error}");
+    }
+
+    #[test]
+    fn the_errors_of_the_source_and_the_watcher_come_through() {
+        let splitter = Splitter::new(r"\w+").unwrap();
+        let mut broken = batches(&["a"; 9], 3);
+        broken.insert(1, Err(Error::invalid("no such file")));
+        let mut source = broken.into_iter();
+        let error = count_chunks(&mut source, &splitter, 2, &mut |_| true).err().unwrap();
+        assert_eq!(error.to_string(), "no such file");
+        assert_eq!(source.len(), 2, "reading ends at the error");
+
+        let mut source = batches(&["ab"; 9], 3).into_iter();
+        let mut seen = Vec::new();
+        let stopped = count_chunks(&mut source, &splitter, 2, &mut |now| {
+            seen.push(now);
+            seen.len() < 2
+        });
+        assert!(matches!(stopped, Err(Error::Stopped)));
+        assert_eq!(seen, [Progress::Counting { chars: 6 }, Progress::Counting { chars: 12 }]);
+    }
 }

@@ -206,7 +206,11 @@ impl Trainer {
 ///
 /// # Errors
 /// A vocabulary under 256, no text at all; `Stopped` when `watch` says so.
-pub fn merge_ranks(parts: Vec<ChunkCounts>, vocab_size: usize, watch: &mut Watch) -> Result<Vec<Vec<u8>>> {
+pub fn merge_ranks(
+    parts: Vec<ChunkCounts>,
+    vocab_size: usize,
+    watch: &mut Watch,
+) -> Result<Vec<Vec<u8>>> {
     if parts.iter().all(ChunkCounts::is_empty) {
         return Err(Error::invalid("the corpus is empty: no document has any text"));
     }
@@ -232,5 +236,121 @@ pub fn check_vocab_size(vocab_size: usize) -> Result<usize> {
         _ => Err(Error::invalid(format!(
             "a vocabulary of {vocab_size} is impossible: a byte-level tokenizer needs at least 256 tokens"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn train(words: &[(&str, u64)], merges: usize) -> Vec<Vec<u8>> {
+        let mut counts = ChunkCounts::default();
+        words.iter().for_each(|(word, count)| counts.add(word.as_bytes(), *count));
+        merge_ranks(vec![counts], 256 + merges, &mut |_| true).unwrap()
+    }
+
+    fn strings(ranks: &[Vec<u8>]) -> Vec<&str> {
+        ranks[256..].iter().map(|token| std::str::from_utf8(token).unwrap()).collect()
+    }
+
+    /// The definition: count all neighbours anew before every merge.
+    fn naive(words: &[(&str, u64)], merges: usize) -> Vec<Vec<u8>> {
+        let mut ranks: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        let bytes = |word: &str| word.bytes().map(Token::from).collect();
+        let mut words: Vec<(Vec<Token>, u64)> =
+            words.iter().map(|(word, count)| (bytes(word), *count)).collect();
+        for _ in 0..merges {
+            let mut counts = BTreeMap::<Pair, u64>::new();
+            for (word, count) in &words {
+                for pair in word.windows(2) {
+                    *counts.entry((pair[0], pair[1])).or_default() += count;
+                }
+            }
+            let Some((&pair, _)) = counts.iter().max_by_key(|&(&pair, &n)| (n, Reverse(pair)))
+            else {
+                break;
+            };
+            let new = ranks.len() as Token;
+            for (word, _) in &mut words {
+                let mut merged = Vec::new();
+                for &token in word.iter() {
+                    match merged.last() {
+                        Some(&last) if (last, token) == pair => *merged.last_mut().unwrap() = new,
+                        _ => merged.push(token),
+                    }
+                }
+                *word = merged;
+            }
+            ranks.push([&ranks[pair.0 as usize][..], &ranks[pair.1 as usize]].concat());
+        }
+        ranks
+    }
+
+    #[test]
+    fn the_highest_count_goes_first() {
+        let ranks = train(&[("low", 5), ("lower", 2), ("newest", 6), ("widest", 3)], 4);
+        assert_eq!(strings(&ranks), ["es", "est", "lo", "low"]);
+    }
+
+    #[test]
+    fn the_smaller_pair_wins_a_tie() {
+        assert_eq!(strings(&train(&[("zz", 7), ("ab", 7), ("aa", 7)], 3)), ["aa", "ab", "zz"]);
+    }
+
+    #[test]
+    fn overlapping_pairs_are_counted_but_merged_from_the_left() {
+        // Two overlapping (a, a) beat one (x, y); aaa becomes aa a.
+        assert_eq!(strings(&train(&[("aaa", 2), ("xy", 3)], 3)), ["aa", "xy", "aaa"]);
+    }
+
+    #[test]
+    fn counts_beyond_32_bits() {
+        let words = [("ab", u64::from(u32::MAX) + 5), ("cd", u64::from(u32::MAX) + 6)];
+        assert_eq!(strings(&train(&words, 2)), ["cd", "ab"]);
+    }
+
+    #[test]
+    fn ends_when_nothing_is_left_to_merge() {
+        assert_eq!(strings(&train(&[("abc", 1), ("z", 9)], 100)), ["ab", "abc"]);
+    }
+
+    #[test]
+    fn impossible_input_is_refused() {
+        let mut counts = ChunkCounts::default();
+        let refuse = |parts, vocab_size| {
+            merge_ranks(parts, vocab_size, &mut |_| true).unwrap_err().to_string()
+        };
+        assert!(refuse(vec![ChunkCounts::default()], 300).contains("the corpus is empty"));
+        counts.add(b"ab", 1);
+        assert!(refuse(vec![counts], 255).contains("at least 256"));
+    }
+
+    #[test]
+    fn the_watcher_sees_every_merge_and_can_stop() {
+        let mut counts = ChunkCounts::default();
+        counts.add(b"abcdefgh", 1);
+        let mut seen = 0;
+        let stopped = merge_ranks(vec![counts], 260, &mut |now| {
+            seen += 1;
+            assert_eq!(now, Progress::Merging { done: seen, total: 4 });
+            seen < 3
+        });
+        assert!(matches!(stopped, Err(Error::Stopped)));
+        assert_eq!(seen, 3);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn equals_counting_anew(
+            words in prop::collection::btree_map("[abc]{1,12}|[ab]{20,40}", 1u64..6, 1..12),
+            merges in 0usize..40,
+        ) {
+            let words: Vec<(&str, u64)> = words.iter().map(|(w, n)| (w.as_str(), *n)).collect();
+            prop_assert_eq!(train(&words, merges), naive(&words, merges));
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use parquet::basic::Type as PhysicalType;
@@ -18,6 +19,8 @@ const ROWS: usize = 64;
 pub struct ParquetText<'a> {
     column: &'a str,
     paths: std::slice::Iter<'a, PathBuf>,
+    /// Of the file being read.
+    path: &'a Path,
     shard: Option<Shard<'a>>,
     intake: &'a mut Intake,
     failed: bool,
@@ -25,7 +28,20 @@ pub struct ParquetText<'a> {
 
 impl<'a> ParquetText<'a> {
     pub fn new(paths: &'a [PathBuf], column: &'a str, intake: &'a mut Intake) -> Self {
-        Self { column, paths: paths.iter(), shard: None, intake, failed: false }
+        Self {
+            column,
+            paths: paths.iter(),
+            path: Path::new(""),
+            shard: None,
+            intake,
+            failed: false,
+        }
+    }
+
+    /// The Parquet library panics on some damaged files; that too is an error of the file.
+    fn fill_caught(&mut self, batch: &mut Batch) -> Result<()> {
+        catch_unwind(AssertUnwindSafe(|| self.fill(batch)))
+            .unwrap_or_else(|_| Err(unreadable(self.path, &"it is damaged")))
     }
 
     fn fill(&mut self, batch: &mut Batch) -> Result<()> {
@@ -36,6 +52,7 @@ impl<'a> ParquetText<'a> {
             };
             if !has_more {
                 let Some(path) = self.paths.next() else { break };
+                self.path = path;
                 self.shard = Some(Shard::open(path, self.column)?);
             }
         }
@@ -51,7 +68,7 @@ impl Iterator for ParquetText<'_> {
             return None;
         }
         let mut batch = Batch::default();
-        match self.fill(&mut batch) {
+        match self.fill_caught(&mut batch) {
             Ok(()) => (!batch.is_empty()).then_some(Ok(batch)),
             Err(error) => {
                 self.failed = true;
@@ -75,11 +92,8 @@ struct Shard<'a> {
 
 impl<'a> Shard<'a> {
     fn open(path: &'a Path, column: &str) -> Result<Self> {
-        let unreadable = |error: &dyn Display| {
-            Error::invalid(format!("{} cannot be read as a Parquet file: {error}", path.display()))
-        };
-        let file = File::open(path).map_err(|error| unreadable(&error))?;
-        let file = SerializedFileReader::new(file).map_err(|error| unreadable(&error))?;
+        let file = File::open(path).map_err(|error| unreadable(path, &error))?;
+        let file = SerializedFileReader::new(file).map_err(|error| unreadable(path, &error))?;
         let (column, is_nullable) = find_column(&file, path, column)?;
         Ok(Self {
             path,
@@ -95,7 +109,9 @@ impl<'a> Shard<'a> {
 
     /// Adds some rows to `batch`; false at the end of the file.
     fn read(&mut self, intake: &mut Intake, batch: &mut Batch) -> Result<bool> {
-        let Some(mut reader) = self.reader.take().map_or_else(|| self.next_reader(), |r| Ok(Some(r)))? else {
+        let Some(mut reader) =
+            self.reader.take().map_or_else(|| self.next_reader(), |r| Ok(Some(r)))?
+        else {
             return Ok(false);
         };
         self.values.clear();
@@ -103,7 +119,7 @@ impl<'a> Shard<'a> {
         let levels = self.is_nullable.then_some(&mut self.levels);
         let (rows, _, _) = reader
             .read_records(ROWS, levels, None, &mut self.values)
-            .map_err(|error| self.damaged(&error))?;
+            .map_err(|error| self.unreadable(&error))?;
         if rows > 0 {
             self.reader = Some(reader);
         }
@@ -111,7 +127,7 @@ impl<'a> Shard<'a> {
             if intake.is_satisfied() {
                 break;
             }
-            let document = value.as_utf8().map_err(|error| self.damaged(&error))?;
+            let document = value.as_utf8().map_err(|error| self.unreadable(&error))?;
             intake.add(document, batch);
         }
         Ok(true)
@@ -125,18 +141,26 @@ impl<'a> Shard<'a> {
         let group = self.file.get_row_group(self.next_group);
         self.next_group += 1;
         let reader = group.and_then(|group| group.get_column_reader(self.column));
-        let reader = reader.map_err(|error| self.damaged(&error))?;
+        let reader = reader.map_err(|error| self.unreadable(&error))?;
         Ok(Some(get_typed_column_reader(reader)))
     }
 
-    fn damaged(&self, error: &dyn Display) -> Error {
-        let (path, row_group) = (self.path.display(), self.next_group.saturating_sub(1));
-        Error::invalid(format!("{path} is damaged in row group {row_group}: {error}"))
+    fn unreadable(&self, error: &dyn Display) -> Error {
+        let row_group = self.next_group.saturating_sub(1);
+        unreadable(self.path, &format!("row group {row_group}: {error}"))
     }
 }
 
+fn unreadable(path: &Path, error: &dyn Display) -> Error {
+    Error::invalid(format!("{} cannot be read as a Parquet file: {error}", path.display()))
+}
+
 /// The index of a plain text column and whether it may hold nulls.
-fn find_column(file: &SerializedFileReader<File>, path: &Path, name: &str) -> Result<(usize, bool)> {
+fn find_column(
+    file: &SerializedFileReader<File>,
+    path: &Path,
+    name: &str,
+) -> Result<(usize, bool)> {
     let columns = file.metadata().file_metadata().schema_descr().columns();
     let Some(index) = columns.iter().position(|column| column.path().string() == name) else {
         let names: Vec<String> = columns.iter().map(|column| column.path().string()).collect();

@@ -10,7 +10,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyIterator, PyString};
 
 use crate::merge::check_vocab_size;
-use crate::{Batch, Error, Intake, ParquetText, Progress, Result, Splitter, count_chunks, merge_ranks};
+use crate::{
+    Batch, Error, Intake, ParquetText, Progress, Result, Splitter, count_chunks, merge_ranks,
+};
 
 /// How often signals are looked for and the progress callback is called.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
@@ -142,11 +144,17 @@ fn train<'py>(
     };
     let mut intake = Intake::new(doc_cap, max_chars);
     let mut exception = None;
-    let mut watcher =
-        Watcher { progress, max_chars: max_chars.unwrap_or(0), last: Instant::now(), exception: None };
+    let mut watcher = Watcher {
+        progress,
+        max_chars: max_chars.unwrap_or(0),
+        last: Instant::now(),
+        exception: None,
+    };
     let trained = py.detach(|| {
         let mut source: Box<dyn Iterator<Item = Result<Batch>>> = match texts {
-            Some(texts) => Box::new(PythonText { texts, intake: &mut intake, exception: &mut exception }),
+            Some(texts) => {
+                Box::new(PythonText { texts, intake: &mut intake, exception: &mut exception })
+            }
             None => Box::new(ParquetText::new(&parquet, column, &mut intake)),
         };
         train_from(&mut *source, &splitter, vocab_size, threads, &mut watcher)
