@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from nanochat_jax.config import base_dir
-from nanochat_jax.data.prose import find_prose
+from nanochat_jax.data.prose import MIN_CHARS, find_prose
 from nanochat_jax.data.shards import (
     BLOCK_DOCS,
     HUB_DATASETS,
@@ -46,7 +46,7 @@ def make_local_dataset() -> Path:
 
 def _local_documents() -> Iterator[str]:
     for text in find_prose():
-        yield from split_long(text)
+        yield from (piece for piece in split_long(text) if len(piece) >= MIN_CHARS)
 
 
 def convert_folder(source: Path, name: str) -> Path:
@@ -158,9 +158,11 @@ def split_long(text: str, limit: int = DOCUMENT_CHARS) -> list[str]:
         cuts = (text.rfind(mark, first, last) for mark in ("\n\n", "\n", " "))
         end = next((cut for cut in cuts if cut > 0), last)
         pieces.append(text[start:end])
-        next_word = re.compile(r"\S").search(text, end)
-        start = next_word.start() if next_word else len(text)
-    return [*pieces, text[start:]] if start < len(text) or not pieces else pieces
+        while end < len(text) and text[end].isspace():
+            end += 1
+        start = end
+    pieces.append(text[start:])
+    return [piece for piece in pieces if piece] or [text]
 
 
 # ---- writing ---------------------------------------------------------------------------------
@@ -171,23 +173,20 @@ def write_shards(documents: Iterable[str], folder: Path) -> None:
 
     Only a 64th of the text is in memory at a time. Raises ValueError for fewer than two documents.
     """
-    with ExitStack() as cleaning:
-        buckets = folder / "buckets"
-        buckets.mkdir()
-        cleaning.callback(shutil.rmtree, buckets, ignore_errors=True)
-        count = _fill_buckets(documents, buckets)
-        if count < 2:
-            raise ValueError(
-                "a data set needs at least two different documents, one of them for validation, "
-                f"but there {'is only one' if count else 'are none'}"
-            )
-        val_docs = min(max(round(count * VAL_SHARE), 1), MAX_VAL_DOCS)
-        shuffled = _by_hash(buckets)
-        index = 0
-        for part in (islice(shuffled, count - val_docs), shuffled):
-            for texts in batched(part, SHARD_DOCS):
-                write_shard(folder / shard_name(index), texts)
-                index += 1
+    buckets = folder / "buckets"
+    buckets.mkdir()
+    count = _fill_buckets(documents, buckets)
+    if count < 2:
+        raise ValueError(
+            "a data set needs at least two different documents, one of them for validation, "
+            f"but there {'is only one' if count else 'are none'}"
+        )
+    shuffled = _by_hash(buckets)
+    train_docs = count - min(max(round(count * VAL_SHARE), 1), MAX_VAL_DOCS)
+    halves = (islice(shuffled, train_docs), shuffled)
+    for index, texts in enumerate(part for half in halves for part in batched(half, SHARD_DOCS)):
+        write_shard(folder / shard_name(index), texts)
+    shutil.rmtree(buckets)
 
 
 def write_shard(path: Path, texts: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Self
 import grain
 import numpy as np
 
-from nanochat_jax.data.shards import DocumentBlocks, Shards
+from nanochat_jax.data.shards import DocumentBlocks, Shards, read_footer
 from nanochat_jax.data.streams import (
     BlockEncoder,
     Encoder,
@@ -136,6 +136,14 @@ class PackedRowsIterator(grain.DatasetIterator):
             list(pool.map(restore, self._streams.items()))
         self._step = state["step"]
 
+    def close(self) -> None:
+        """Waits for the blocks that are being tokenised, too, which grain leaves running."""
+        if not self._closed:
+            super().close()
+            for parent in self._parents:
+                if (executor := getattr(parent, "_executor", None)) is not None:
+                    executor.shutdown(wait=True, cancel_futures=True)
+
 
 class RowLoader(Iterator[np.ndarray]):
     """Hands out one process's rows of each step, (rows // process_count, T+1) int32.
@@ -178,8 +186,19 @@ class RowLoader(Iterator[np.ndarray]):
         self._steps += 1
         return rows
 
+    @property
+    def step(self) -> int:
+        """Steps handed out since the very beginning, those before a restored state included.
+
+        With the data, the layout and the tokenizer this names the next step's rows.
+        """
+        return self._iterator.get_state()["step"]
+
     def get_state(self) -> dict[str, Any]:
-        """What comes next, as a JSON-able dict; see `merge_states` for several processes."""
+        """What comes next, as a JSON-able dict; see `merge_states` for several processes.
+
+        Takes milliseconds (thousands of documents are named): for checkpoints, not for each step.
+        """
         state = self._iterator.get_state()
         streams = {index: stream.to_json() for index, stream in state["streams"].items()}
         return {**self._identity, "step": state["step"], "streams": streams}
@@ -274,10 +293,11 @@ def val_batches(
 
     Always the same ones. A pass takes every document into account once before the text repeats; the
     first n rows are the same set of rows for every batch size that is a multiple of `streams`, and
-    for every number of processes. Where `rows` is no multiple of `streams` their greatest common
-    divisor is used.
+    for every number of processes. Where `rows` is no multiple of `streams`, or there are fewer
+    documents than streams, the largest common divisor that suits is used instead.
     """
-    layout = Layout(rows, sequence_len, math.gcd(rows, streams), buffer_docs)
+    streams = _val_streams(shards, math.gcd(rows, streams))
+    layout = Layout(rows, sequence_len, streams, buffer_docs)
     loader = _row_loader(
         shards.val, tokenizer, layout, process_index, process_count, True, prefetch, threads
     )
@@ -296,6 +316,11 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             raise ValueError("these data states are of different runs or different steps")
         streams |= state["streams"]
     return {**common, "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
+
+
+def _val_streams(shards: Shards, at_most: int) -> int:
+    documents = sum(read_footer(path).num_rows for path in shards.val)
+    return max(s for s in range(1, at_most + 1) if at_most % s == 0 and s <= documents)
 
 
 def _row_loader(

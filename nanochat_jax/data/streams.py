@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import grain
@@ -18,6 +19,7 @@ from nanochat_jax.data.packing import BestFitPacker, Document
 from nanochat_jax.data.shards import DocumentBlocks
 
 REFILL_DOCS = 128  # documents that enter the packing buffer at once, as in the original
+VISIT, POSITION, LENGTH = map(itemgetter, range(3))  # of a Document; a state reads thousands
 
 
 class Encoder(Protocol):
@@ -93,11 +95,11 @@ class StreamState:
 
         `tokens` sums the lengths of the buffered documents: another tokenizer gives another sum.
         """
-        visits = groupby(self.buffer, key=lambda document: document.visit)
+        visits = groupby(self.buffer, key=VISIT)
         return {
             "next": [self.visit, self.position],
-            "tokens": sum(document.length for document in self.buffer),
-            "buffer": [[visit, [doc.position for doc in documents]] for visit, documents in visits],
+            "tokens": sum(map(LENGTH, self.buffer)),
+            "buffer": [[visit, list(map(POSITION, documents))] for visit, documents in visits],
         }
 
 

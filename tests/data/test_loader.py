@@ -165,7 +165,8 @@ def test_the_same_rows_follow_after_restoring_from_json(
         later = loader.get_state()
     with train_loader(interrupted_shards, byte_tokenizer, state=state, **shape) as resumed:
         assert resumed.get_state() == state
-        for rows in expected:
+        for done, rows in enumerate(expected):
+            assert resumed.step == steps + done
             np.testing.assert_array_equal(next(resumed), rows)
         assert resumed.get_state() == later
 
@@ -321,8 +322,6 @@ def test_close_ends_the_threads(shards, byte_tokenizer):
     assert set(threading.enumerate()) - before
     loader.close()
     loader.close()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(timeout=30)
     assert not set(threading.enumerate()) - before
 
 
@@ -387,3 +386,10 @@ def test_short_validation_text_is_used_up_before_it_repeats(shards, byte_tokeniz
         names = [text.split(b" ")[0] for text in opening if b" " in text]  # not cropped too early
         assert len(names) > 140
         assert len(names) == len(set(names))
+
+
+def test_three_documents_are_enough_to_validate_on(make_shards, byte_tokenizer):
+    shards = make_shards([[["train"]], [["a", "bc", "def"]]])
+    first, second = val_batches(shards, byte_tokenizer, rows=8, sequence_len=20, n_batches=2)
+    assert first.shape == second.shape == (8, 21)
+    assert set(np.concatenate([first, second]).ravel()) == {256, *b"abcdef"}
