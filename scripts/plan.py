@@ -1,0 +1,187 @@
+"""Says what a pretraining run will need before it starts: memory, time, money, text, disk.
+
+    python scripts/plan.py --depth 24 --gpus 8 --target h200 --usd-per-gpu-hour 3   # compiles
+    python scripts/plan.py --config d20_2025 --gpus 8 --target h100
+    python scripts/plan.py --config cpu --no-compile                                # arithmetic
+
+All flags of pretrain.py mean the same here. With a compiler (the CUDA wheels, extra cuda13; no GPU)
+the step of pretrain.py is compiled for GPUs that need not be there, and the program is read: its
+peak memory, kernels, collectives, and by a roofline its time, within about 10 %. Without one, from
+FLOPs and array sizes alone. The last line is one JSON object.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat_jax import config as configuration
+from nanochat_jax import planning
+from nanochat_jax.pretraining import decide
+from nanochat_jax.runtime import run_script
+from nanochat_jax.scaling import Plan
+from nanochat_jax.topology import GIB, GPUS, GPUS_PER_NODE, described
+
+# What only a compiled program tells: null in the JSON of a plan by arithmetic.
+PROGRAM_KEYS = (
+    "compile_s",
+    "lower_s",
+    "kernels",
+    "attention_calls",
+    "fp8_gemms",
+    "bf16_gemms",
+    "reduce_scatters",
+    "all_gathers",
+    "all_reduces",
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(configuration.PretrainConfig):
+    """The settings of a run (it has the name of pretrain.py's, so a preset's table applies)."""
+
+    target: str = "auto"
+    """h100 or h200; with --no-compile any GPU by name, or cpu; auto: this machine."""
+    gpus: int | None = None
+    """Devices; the default is this machine's for auto, else one node of eight."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary; the default is the recipe's, or the preset's tokenizer's."""
+    compile: bool = True
+    """Compile the step and read the program; else arithmetic alone."""
+    max_batch_search: bool = False
+    """Check the largest batch by compiling it too (up to three more compiles)."""
+    usd_per_gpu_hour: float = 3.0
+    """Price of one GPU."""
+
+
+def main() -> None:
+    config = configuration.parse(PretrainConfig, description=__doc__)
+    target, devices = choose_machine(config)
+    plan = decide(config, config.vocab_size or planning.vocabulary(config), devices)
+    if config.compile and target in GPUS:
+        compiled = planning.compile_step(plan, target)
+        cost, program = compiled.cost(), read_program(config, compiled)
+    else:
+        cost, program = planning.estimate(plan, target), {}
+    summary = summarise(config, plan, cost, target) | program
+    show(plan, summary, cost)
+    print(json.dumps(summary))
+
+
+def choose_machine(config: PretrainConfig) -> tuple[str, int]:
+    """(target, number of devices) to plan for; a GPU that can be compiled for by its short name."""
+    if config.target == "auto":
+        found, number = planning.this_machine()
+    else:
+        found, number = config.target, 1 if config.target == "cpu" else GPUS_PER_NODE
+    return described(found) or found, config.gpus or number
+
+
+def summarise(
+    config: PretrainConfig, plan: Plan, cost: planning.StepCost, target: str
+) -> dict[str, Any]:
+    """What every plan says, compiled or not."""
+    checkpoint = planning.state_bytes(plan)
+    shards = planning.shards_needed(plan.total_tokens, config.dataset)
+    hours = plan.num_iterations * cost.step_s / 3600
+    price = 0.0 if target == "cpu" else config.usd_per_gpu_hour
+    return {
+        "depth": plan.depth,
+        "recipe": plan.recipe,
+        "target": target,
+        "gpus": plan.n_devices,
+        "device_batch_size": plan.device_batch_size,
+        "grad_accum_steps": plan.grad_accum_steps,
+        "peak_gib": round(cost.peak_bytes / GIB, 2),
+        "capacity_gib": round(cost.capacity / GIB, 1),
+        "fits": cost.fits,
+        "max_device_batch": cost.max_device_batch,
+        "ms_per_microbatch": round(cost.microbatch_s * 1e3, 2),
+        "ms_per_step": round(cost.step_s * 1e3, 2),
+        "tokens_per_s": round(plan.total_batch_size / cost.step_s),
+        "mfu": planning.mfu(plan, cost, target),
+        "steps": plan.num_iterations,
+        "hours": round(hours, 3),
+        "usd": round(planning.usd(hours, plan.n_devices, price), 2),
+        "shards": shards,
+        "disk_gb": round(planning.disk_bytes(shards, checkpoint, config.keep_last) / 1e9, 2),
+        "compiled": False,
+        **dict.fromkeys(PROGRAM_KEYS),
+    }
+
+
+def read_program(config: PretrainConfig, compiled: planning.CompiledStep) -> dict[str, Any]:
+    """What only the compiled program tells."""
+    found: dict[str, Any] = {"compiled": True, "max_device_batch_compiled": False}
+    if config.max_batch_search:
+        found["max_device_batch"] = planning.search_largest(compiled)
+        found["max_device_batch_compiled"] = True
+    found["lower_s"] = round(compiled.lower_s, 1)
+    found["compile_s"] = round(compiled.compile_s, 1)
+    found["ms"] = {name: round(ms, 2) for name, ms in compiled.times().items()}
+    return found | compiled.counts()
+
+
+def show(plan: Plan, summary: dict[str, Any], cost: planning.StepCost) -> None:
+    console = Console()
+    table = Table(title=f"Plan: depth {plan.depth}, {plan.recipe} recipe, {cost.how}")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("meaning")
+    for what, value, meaning in rows(plan, summary):
+        table.add_row(what, value, meaning)
+    console.print(table)
+    if not cost.fits:
+        console.print(
+            f"Does not fit: set --device-batch-size {max(1, summary['max_device_batch'])}"
+            " (the gradients are accumulated, the result stays the same)."
+        )
+
+
+def rows(plan: Plan, s: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, value, meaning) of the table."""
+    batch = f"{s['gpus']} × {plan.grad_accum_steps} micro-batches of {s['device_batch_size']} rows"
+    whose = "as compiled" if s.get("max_device_batch_compiled") else "estimated"
+    shown = [
+        ("parameters", f"{plan.params.total:,}", f"{plan.flops_per_token:.3e} FLOPs a token"),
+        ("tokens", f"{plan.total_tokens:,}", f"{s['steps']:,} steps of {plan.total_batch_size:,}"),
+        (
+            "peak memory",
+            f"{s['peak_gib']} GiB",
+            f"of {s['capacity_gib']} GiB that it may take; {batch}",
+        ),
+        ("largest device batch", str(s["max_device_batch"]), f"rows that fit, {whose}"),
+        ("micro-batch", f"{s['ms_per_microbatch']:,} ms", "forward and backward"),
+        ("step", f"{s['ms_per_step']:,} ms", f"{s['tokens_per_s']:,} tokens a second"),
+        ("time", duration(s["hours"]), "training alone, without validation and samples"),
+        ("price", f"{s['usd']:,.2f} USD", "of these devices for that time"),
+        ("text", f"{s['shards']} shards", "of the published data set, validation included"),
+        ("disk", f"{s['disk_gb']} GB", "text and checkpoints"),
+    ]
+    if s["compiled"]:
+        shown += program_rows(s)
+    return shown
+
+
+def program_rows(s: dict[str, Any]) -> list[tuple[str, str, str]]:
+    gemms = f"{s['bf16_gemms']} bf16, {s['fp8_gemms']} fp8"
+    gathers = f"{s['all_gathers']} gathers, {s['all_reduces']} all-reduces"
+    where = ", ".join(f"{name} {ms:.0f}" for name, ms in s["ms"].items())
+    return [
+        ("kernels", f"{s['kernels']:,}", "launched in a step"),
+        ("attention calls", str(s["attention_calls"]), "cuDNN, in a micro-batch"),
+        ("matrix products", gemms, "cuBLAS, in a micro-batch"),
+        ("collectives", f"{s['reduce_scatters']} reduce-scatters", gathers),
+        ("compile", f"{s['compile_s']} s", f"and {s['lower_s']} s to trace"),
+        ("a step's ms", "", where),
+    ]
+
+
+def duration(hours: float) -> str:
+    return f"{hours:.2f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
+if __name__ == "__main__":
+    run_script(main)
