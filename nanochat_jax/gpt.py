@@ -315,11 +315,23 @@ def rotate_and_norm(x_BTNH, cos_TH, sin_TH, scale: float):
 
 @rematerialised
 def _rotate_and_norm(x, cos, sin, scale):
-    dtype = x.dtype
-    x = x.astype(jnp.float32)
-    x = x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS) * scale)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * (jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + EPS) * scale)
+    rotate = partial(jax.lax.platform_dependent, cpu=_rotate_joined, default=_rotate_flipped)
+    return rotate(x32, cos, sin).astype(x.dtype)
+
+
+def _rotate_joined(x, cos, sin):
     x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(dtype)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+
+
+def _rotate_flipped(x, cos, sin):
+    """The same sum. XLA spends a second per concatenation on GPU kernels; a CPU is slow to flip."""
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    sign = jnp.array([[1.0], [-1.0]])
+    turned = halves * cos[..., None, :] + jnp.flip(halves, -2) * (sin[..., None, :] * sign)
+    return turned.reshape(x.shape)
 
 
 def smear(x_BTD, gate_1C, smear_lambda_1):
