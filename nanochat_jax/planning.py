@@ -14,7 +14,7 @@ import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -61,6 +61,7 @@ def shards_needed(tokens: int, dataset: str) -> int:
     return min(training, HUB_DATASETS[dataset].last_shard) + 1
 
 
+@lru_cache
 def state_bytes(plan: Plan) -> int:
     """Bytes of parameters and optimizer moments: one checkpoint."""
     model, optimizer = model_and_optimizer(plan, jnp.float32, "blocked")
@@ -169,7 +170,8 @@ def row_choices(plan: Plan) -> list[int]:
 
 def usable_share() -> float:
     """The share of a GPU's memory that JAX takes at start: 0.75 unless told otherwise."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
+    return float(next((os.environ[name] for name in names if os.environ.get(name)), "0.75"))
 
 
 def measured_cpu_flops(size: int = 1024, seconds: float = 0.5) -> float:
@@ -236,17 +238,16 @@ class CompiledStep:
         """Forward and backward of one micro-batch, its gradients added; the mean over a step."""
         return self.timeline.part(MODEL) / self.plan.grad_accum_steps
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """Library calls of a micro-batch; launches and collectives of a whole step.
 
         Collectives are counted as the compiler combined them.
         """
-        launches = list(self.module.launches())
-        step = Counter[str]()
-        model = Counter[str]()
-        for kernel, times in launches:
+        step, model, reduced = Counter[str](), Counter[str](), 0.0
+        for kernel, times in self.module.launches():
             step[kernel.kind] += times
             model[kernel.kind] += times if part_of(kernel) == MODEL else 0
+            reduced += kernel.bytes * times if kernel.kind == "all_reduce" else 0
         per_micro = self.plan.grad_accum_steps
         return {
             "kernels": sum(step.values()),
@@ -258,6 +259,7 @@ class CompiledStep:
             "reduce_scatters": step["reduce_scatter"],
             "all_gathers": step["all_gather"],
             "all_reduces": step["all_reduce"],
+            "all_reduce_mb": round(reduced / 1e6, 3),
         }
 
     def cost(self) -> StepCost:
