@@ -5,8 +5,9 @@ all devices compute together.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
+from math import lcm
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpoints
-from nanochat_jax.data.loader import merge_states
+from nanochat_jax.data.loader import merge_states, val_batches
+from nanochat_jax.data.shards import Shards
 from nanochat_jax.evals.bits_per_byte import evaluate
 from nanochat_jax.evals.samples import complete
 from nanochat_jax.gpt import GPT, Params
@@ -31,6 +33,31 @@ from nanochat_jax.train import (
     put_batch,
     state_to_logical,
 )
+
+VAL_STREAMS = 8  # logical streams that validation text is divided into
+
+
+def validation_rows(
+    shards: Shards, tokenizer: Tokenizer, *, rows: int, sequence_len: int, n_tokens: int
+) -> Iterator[np.ndarray]:
+    """This process's validation rows, in batches of `rows` over all processes.
+
+    Together `n_tokens`, rounded down to whole rounds of the streams: the same text on any number of
+    devices, as long as nothing has to be rounded.
+    """
+    streams = lcm(VAL_STREAMS, jax.process_count())
+    at_once = lcm(rows, streams)
+    rounds = val_batches(
+        shards,
+        tokenizer,
+        rows=at_once,
+        sequence_len=sequence_len,
+        n_batches=max(1, n_tokens // (at_once * sequence_len)),
+        streams=streams,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return (part for whole in rounds for part in np.split(whole, at_once // rows))
 
 
 def make_evaluate(

@@ -7,13 +7,12 @@ optimizer and step that it trains, for whatever wants to look at them without tr
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from functools import partial
-from math import gcd
+from math import gcd, lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -23,11 +22,18 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import scaling
-from nanochat_jax.actions import make_evaluate, make_sample, make_save, merge_over_processes
+from nanochat_jax.actions import (
+    make_evaluate,
+    make_sample,
+    make_save,
+    merge_over_processes,
+    validation_rows,
+)
 from nanochat_jax.checkpoint import Checkpoints, model_meta
 from nanochat_jax.config import PretrainConfig
-from nanochat_jax.data.loader import RowLoader, train_loader, val_batches
+from nanochat_jax.data.loader import RowLoader, train_loader
 from nanochat_jax.data.shards import Shards, list_shards
+from nanochat_jax.data.streams import Layout
 from nanochat_jax.devices import peak_flops
 from nanochat_jax.evals.samples import PROMPTS
 from nanochat_jax.gpt import GPT
@@ -200,9 +206,18 @@ def prepare(config: PretrainConfig) -> Job:
     plan = decide(config, tokenizer.vocab_size, mesh.size)
     model, optimizer, optim_config = build(config, plan)
     rows = plan.total_batch_size // plan.config.sequence_len
+    streams = config.data_streams or gcd(lcm(STREAMS, jax.process_count()), rows)
+    layout = Layout(rows, plan.config.sequence_len, streams, buffer_docs=0)
+    layout.owned_streams(jax.process_index(), jax.process_count())  # ValueError unless they divide
+    decided = replace(
+        config,
+        run=config.run or f"d{config.depth}",
+        dtype=cast(Any, np.dtype(model.dtype).name),
+        data_streams=streams,
+    )
     return Job(
-        config=replace(config, run=config.run or f"d{config.depth}"),
-        folder=run_folder(config.run or f"d{config.depth}"),
+        config=decided,
+        folder=run_folder(decided.run),
         plan=plan,
         model=model,
         optimizer=optimizer,
@@ -210,7 +225,7 @@ def prepare(config: PretrainConfig) -> Job:
         mesh=mesh,
         tokenizer=tokenizer,
         shards=shards,
-        streams=config.data_streams or gcd(STREAMS, rows),
+        streams=streams,
     )
 
 
@@ -330,12 +345,20 @@ def _train(
 
 def _actions(job: Job, loader: RowLoader, checkpoints: Checkpoints, stop: StopRequest) -> Actions:
     config, model, mesh = job.config, job.model, job.mesh
+    rows = partial(
+        validation_rows,
+        job.shards,
+        job.tokenizer,
+        rows=config.device_batch_size * mesh.size,
+        sequence_len=job.plan.config.sequence_len,
+        n_tokens=config.eval_tokens,
+    )
     return Actions(
         evaluate=make_evaluate(
             model,
             mesh,
             job.tokenizer.token_bytes(),
-            partial(_val_rows, job),
+            rows,
             lambda: stop.signal is not None,
         ),
         sample=make_sample(model, mesh, job.tokenizer, PROMPTS, config.sample_tokens, config.seed),
@@ -351,20 +374,6 @@ def _actions(job: Job, loader: RowLoader, checkpoints: Checkpoints, stop: StopRe
 
 
 # --- what the run says and saves of itself --------------------------------------------------------
-
-
-def _val_rows(job: Job) -> Iterator[np.ndarray]:
-    """This process's validation rows, batch by batch: eval_tokens of them in all."""
-    rows, length = job.config.device_batch_size * job.mesh.size, job.plan.config.sequence_len
-    return val_batches(
-        job.shards,
-        job.tokenizer,
-        rows=rows,
-        sequence_len=length,
-        n_batches=max(1, job.config.eval_tokens // (rows * length)),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def describe_checkpoint(job: Job, step: int, progress: Progress) -> dict[str, Any]:
@@ -435,7 +444,9 @@ def _report_end(job: Job, outcome: Outcome) -> None:
     say(f"{step} steps, {step * job.plan.total_batch_size:,} tokens, {minutes}{best}")
     if memory:
         say(f"peak memory {memory / 2**30:.2f} GiB a device")
-    if outcome.stopped_by:
+    if step == job.plan.num_iterations:
+        say(f"finished; try it: python scripts/generate.py --run {job.config.run}")
+    elif outcome.stopped_by:
         say(
             f"stopped by {outcome.stopped_by} after step {step} of {job.plan.num_iterations}; "
             f"saved. Continue with: python scripts/pretrain.py --config {job.folder / CONFIG_FILE} "

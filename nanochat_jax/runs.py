@@ -44,7 +44,10 @@ def make_ready(folder: Path, overwrite: bool) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG_FILE, FILE, FOLDER))
+    """Whether anything is there that it would be a pity to lose."""
+    records, checkpoints = folder / FILE, folder / FOLDER
+    has_records = records.exists() and records.stat().st_size > 0
+    return has_records or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def describe(folder: Path, config: Any, tokenizer: Tokenizer) -> None:

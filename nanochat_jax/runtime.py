@@ -21,6 +21,7 @@ from nanochat_jax.config import base_dir
 from nanochat_jax.sharding import initialize_distributed
 
 PACKAGE = Path(__file__).resolve().parent
+SCRIPTS = PACKAGE.parent / "scripts"
 
 
 def start() -> None:
@@ -31,21 +32,25 @@ def start() -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; a ValueError or OSError raised by our own code becomes one sentence.
+    """Runs a script's main; a mistake of the user becomes one sentence and exit code 1.
 
-    Exit code 1. NANOCHAT_TRACEBACK=1 shows the traceback all the same.
+    That is a ValueError raised by our own code, or an OSError (no file, no right, no space).
+    NANOCHAT_TRACEBACK=1 shows the traceback all the same.
     """
     try:
         main()
     except (ValueError, OSError) as error:
-        if os.environ.get("NANOCHAT_TRACEBACK") == "1" or not _raised_by_us(error):
+        if os.environ.get("NANOCHAT_TRACEBACK") == "1" or not _is_the_users(error):
             raise
         sys.exit(f"error: {error}")
 
 
-def _raised_by_us(error: BaseException) -> bool:
+def _is_the_users(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
+    parents = Path(frames[-1].filename).resolve().parents if frames else ()
+    return PACKAGE in parents or SCRIPTS in parents
 
 
 def is_main_process() -> bool:

@@ -4,12 +4,15 @@
 masked targets count in neither.
 """
 
+import gzip
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from nanochat_jax.data.shards import DocumentBlocks
 from nanochat_jax.gpt import Params
 
 AHEAD = 3  # batches that the device may have before it at once
@@ -46,3 +49,14 @@ def evaluate(
         "tokens": int(tokens),
         "bytes": int(n_bytes),
     }
+
+
+def gzip_bits_per_byte(shards: Sequence[Path], n_bytes: int) -> float:
+    """What `gzip -9` needs for the documents of these shards, cut to `n_bytes`: a yardstick."""
+    text, blocks = bytearray(), DocumentBlocks(shards)
+    for index in range(len(blocks)):
+        text += "\n".join(blocks[index]).encode()
+        if len(text) >= n_bytes:
+            break
+    text = text[:n_bytes]
+    return 8 * len(gzip.compress(text, 9)) / len(text) if text else math.inf

@@ -1,0 +1,78 @@
+"""Lets a base model go on with a text.
+
+    python scripts/generate.py --run d12 --prompt "The history of bread"
+    python scripts/generate.py --run d12 --prompt FILE:start.txt --num-samples 4 --temperature 0.7
+    python scripts/generate.py --run d12 --temperature 0 --max-tokens 200
+
+Each sample ends where the model begins another document, or after --max-tokens.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from nanochat_jax.checkpoint import load_model
+from nanochat_jax.config import parse
+from nanochat_jax.evals.samples import complete
+from nanochat_jax.runs import run_folder
+from nanochat_jax.runtime import run_script, say, start
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What to generate, and how."""
+
+    run: str = "d20"
+    """Name of the run, or its folder."""
+    step: str = "last"
+    """Which checkpoint: a step, last or best."""
+    prompt: str = ""
+    """Text to go on with, or FILE:path; empty begins a document."""
+    num_samples: int = 1
+    """Samples to write, each with its own random choices."""
+    max_tokens: int = 128
+    """New tokens of each sample at most."""
+    temperature: float = 0.8
+    """0 takes the likeliest token; more is more surprising."""
+    top_k: int = 50
+    """Tokens to choose among; 0: all."""
+    seed: int = 42
+    """Another seed, other samples."""
+
+
+def main() -> None:
+    config = parse(GenerateConfig, description=__doc__)
+    if config.num_samples < 1:
+        raise ValueError(f"--num-samples must be at least 1, not {config.num_samples}")
+    prompt = read_prompt(config.prompt)
+    start()
+    loaded = load_model(run_folder(config.run), config.step)
+    texts = complete(
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        [prompt] * config.num_samples,
+        max_new_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        key=jax.random.key(config.seed),
+    )
+    for number, text in enumerate(texts):
+        if config.num_samples > 1:
+            say(f"--- sample {number + 1}")
+        say(prompt + text)
+
+
+def read_prompt(prompt: str) -> str:
+    if not prompt.startswith("FILE:"):
+        return prompt
+    path = Path(prompt.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+if __name__ == "__main__":
+    run_script(main)
