@@ -174,7 +174,7 @@ def usable_share() -> float:
     return float(next((os.environ[name] for name in names if os.environ.get(name)), "0.75"))
 
 
-def measured_cpu_flops(size: int = 1024, seconds: float = 0.5) -> float:
+def measured_cpu_flops(size: int = 512, seconds: float = 0.5) -> float:
     """FLOP/s of float32 matrix products on this machine, all cores, at their best."""
     a = np.ones((size, size), np.float32)
     a @ a

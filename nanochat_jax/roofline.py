@@ -1,10 +1,10 @@
 """Predicts how long a compiled GPU program takes, from its kernels and a data sheet.
 
-Each kernel takes the longer of its arithmetic and its memory traffic at the fractions of the peak
-that such kernels reach in practice. The fractions reproduce the published step times of the
-original on 8×H100 within 10 % (docs/architecture.md says how far to trust that); nothing here is
-a measurement. Collectives run on their own stream beside the kernels; what the schedule does not
-hide is reported.
+Each kernel takes the longer of its arithmetic and its memory traffic, at the fractions of the peak
+that such kernels reach in practice. With these fractions the original's published step times on
+8×H100 come out within 10 %; that is how far a prediction can be trusted, and nothing here is a
+measurement. Collectives run on their own stream beside the kernels; what the schedule does not hide
+is reported.
 """
 
 from collections import defaultdict

@@ -7,7 +7,11 @@
 All flags of pretrain.py mean the same here. With a compiler (the CUDA wheels, extra cuda13; no GPU)
 the step of pretrain.py is compiled for GPUs that need not be there, and the program is read: its
 peak memory, kernels, collectives, and by a roofline its time, within about 10 %. Without one, from
-FLOPs and array sizes alone. The last line is one JSON object.
+FLOPs and array sizes alone.
+
+The last line is one JSON object. In it attention_calls, bf16_gemms and fp8_gemms are of one
+micro-batch; kernels, optimizer_gemms and collectives are of a whole step, as the compiler combined
+them; ms is the step by what takes it, "exposed" being what no work hides of the collectives.
 """
 
 import json
@@ -19,6 +23,7 @@ from rich.table import Table
 
 from nanochat_jax import config as configuration
 from nanochat_jax import planning
+from nanochat_jax.devices import find_device
 from nanochat_jax.pretraining import decide
 from nanochat_jax.runtime import run_script
 from nanochat_jax.scaling import Plan
@@ -59,6 +64,9 @@ class PretrainConfig(configuration.PretrainConfig):
 def main() -> None:
     config = configuration.parse(PretrainConfig, description=__doc__)
     target, devices = choose_machine(config)
+    if config.target == "auto" and target != "cpu" and find_device(target) is None:
+        print(f"No data sheet of {target!r} in nanochat_jax/devices.py: no plan for this machine.")
+        return
     plan = decide(config, config.vocab_size or planning.vocabulary(config), devices)
     if config.compile and target in GPUS:
         compiled = planning.compile_step(plan, target)
