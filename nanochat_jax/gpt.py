@@ -245,14 +245,29 @@ def attention_inputs(config: GPTConfig, layer: dict, h_BTD, rope):
     return rotate_and_norm(q, *rope, sharpen), rotate_and_norm(k, *rope, sharpen), v
 
 
+@jax.custom_vjp
 def linear(x_I: jax.Array, w_OI: jax.Array) -> jax.Array:
     """x·wᵀ in x's dtype: the one place where a weight meets an activation."""
-    return jax.lax.dot_general(
-        x_I,
-        w_OI.astype(x_I.dtype),
-        (((x_I.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=x_I.dtype,
-    )
+    return _contract(x_I, w_OI.astype(x_I.dtype), (x_I.ndim - 1,), (1,))
+
+
+def _linear_backward(saved, g_O):
+    x_I, w_OI = saved
+    dx_I = _contract(g_O, w_OI.astype(g_O.dtype), (g_O.ndim - 1,), (0,))
+    tokens = tuple(range(x_I.ndim - 1))
+    # A CPU transposes the left operand of this product in memory: let it be the narrower one.
+    if w_OI.shape[0] > w_OI.shape[1]:
+        dw_OI = _contract(x_I, g_O, tokens, tokens).T
+    else:
+        dw_OI = _contract(g_O, x_I, tokens, tokens)
+    return dx_I, dw_OI.astype(w_OI.dtype)
+
+
+linear.defvjp(lambda x_I, w_OI: (linear(x_I, w_OI), (x_I, w_OI)), _linear_backward)
+
+
+def _contract(a, b, dims_a: tuple[int, ...], dims_b: tuple[int, ...]):
+    return jax.lax.dot_general(a, b, ((dims_a, dims_b), ((), ())), preferred_element_type=a.dtype)
 
 
 def rematerialised(function):
