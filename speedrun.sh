@@ -27,11 +27,6 @@ fi
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat_jax}
 export PYTHONUNBUFFERED=1
 
-# One table of the preset per stage: this reads one value of it.
-setting() {
-    "$PYTHON" -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))[sys.argv[2]][sys.argv[3]])' "configs/$preset.toml" "$1" "$2"
-}
-run=$(setting pretrain run)
 done_folder="$NANOCHAT_BASE_DIR/speedrun/$preset"
 mkdir -p "$done_folder"
 
@@ -53,8 +48,8 @@ if [ -n "$plan_only" ]; then exit 0; fi
 
 stage download scripts/download.py --config "$preset"
 stage tok_train scripts/tok_train.py --config "$preset"
-stage tok_eval scripts/tok_eval.py --name "$(setting tok_train name)" --dataset "$(setting pretrain dataset)"
+stage tok_eval scripts/tok_eval.py --config "$preset"
 stage pretrain scripts/pretrain.py --config "$preset" --resume
-stage eval scripts/eval_base.py --run "$run" --eval bpb,sample
+stage eval_base scripts/eval_base.py --config "$preset"
 
-say "Finished in $((SECONDS / 60)) min $((SECONDS % 60)) s. Let it write: $PYTHON scripts/generate.py --run $run --prompt 'The function returns'"
+say "Finished in $((SECONDS / 60)) min $((SECONDS % 60)) s. Let it write: $PYTHON scripts/generate.py --run $preset --prompt 'The function returns'"
