@@ -248,7 +248,7 @@ class Tokenizer:
         self, conversation: Mapping[str, Any], max_tokens: int = 2048
     ) -> list[int]:
         """The prompt that asks for the last message, which must be the assistant's, once more."""
-        messages = conversation["messages"]
+        messages = _messages(conversation)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError(
                 "the last message must be the assistant's, whose place a completion takes; "
@@ -326,10 +326,10 @@ def _safe_parts(text: str) -> list[str]:
 
 def _split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
     """A leading system message, and the rest: checked, turn by turn the user's and assistant's."""
-    messages = list(conversation["messages"])
+    messages = _messages(conversation)
     system = None
     if messages and messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
+        system = messages.pop(0).get("content")
         if not isinstance(system, str):
             raise ValueError("the content of a system message must be a string")
     if not messages:
@@ -340,9 +340,20 @@ def _split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Map
     return system, messages
 
 
+def _messages(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A copy of the list of messages, of which each at least has a role."""
+    messages = conversation.get("messages")
+    if not isinstance(messages, list | tuple):
+        raise ValueError('a conversation has a list of messages: {"messages": [{"role": "user", …')
+    for index, message in enumerate(messages):
+        if not (isinstance(message, Mapping) and "role" in message):
+            raise ValueError(f"message {index} has no role")
+    return list(messages)
+
+
 def _check_message(message: Mapping[str, Any], is_users_turn: bool, where: str) -> None:
     expected = "user" if is_users_turn else "assistant"
-    role, content = message["role"], message["content"]
+    role, content = message["role"], message.get("content")
     if role != expected:
         raise ValueError(f"{where} is the {role}'s where the {expected}'s turn is")
     if isinstance(content, str):
@@ -353,9 +364,16 @@ def _check_message(message: Mapping[str, Any], is_users_turn: bool, where: str) 
         kind = type(content).__name__
         raise ValueError(f"the content of {where} must be a string or a list of parts, not {kind}")
     for part in content:
-        if part["type"] != "text" and part["type"] not in _MARKED_PARTS:
-            known = ", ".join(["text", *_MARKED_PARTS])
-            raise ValueError(f"{where} has a part of type {part['type']!r}; known are {known}")
+        _check_part(part, where)
+
+
+def _check_part(part: Any, where: str) -> None:
+    if not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+        raise ValueError(f"{where} has a part without a text")
+    known = ("text", *_MARKED_PARTS)
+    if part.get("type") not in known:
+        kind = part.get("type")
+        raise ValueError(f"{where} has a part of type {kind!r}; known are {', '.join(known)}")
 
 
 def _merge_system(
