@@ -30,6 +30,7 @@ from nanochat_jax.devices import find_device
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import OptimConfig, make_optimizer
 from nanochat_jax.roofline import MODEL, OPTIMIZER, Timeline, part_of, timeline
+from nanochat_jax.runtime import GPU_MEMORY_SHARE
 from nanochat_jax.scaling import RECIPES, Plan
 from nanochat_jax.sharding import BATCH_SPEC, make_mesh
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
@@ -169,9 +170,11 @@ def row_choices(plan: Plan) -> list[int]:
 
 
 def usable_share() -> float:
-    """The share of a GPU's memory that JAX takes at start: 0.75 unless told otherwise."""
+    """The share of a GPU's memory that our scripts take at start (runtime.start) unless told otherwise."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
-    return float(next((os.environ[name] for name in names if os.environ.get(name)), "0.75"))
+    return float(
+        next((os.environ[name] for name in names if os.environ.get(name)), GPU_MEMORY_SHARE)
+    )
 
 
 def measured_cpu_flops(size: int = 512, seconds: float = 0.5) -> float:

@@ -22,15 +22,13 @@ from nanochat_jax.sharding import initialize_distributed
 
 PACKAGE = Path(__file__).resolve().parent
 SCRIPTS = PACKAGE.parent / "scripts"
+GPU_MEMORY_SHARE = "0.92"  # JAX alone takes 0.75; a training program may have nearly all
 
 
 def start() -> None:
-    """Takes the GPU's memory, joins the other processes, keeps compiled programs for the next run.
-
-    JAX alone takes 75 % of a GPU; a training program may have nearly all of it.
-    """
+    """Takes the GPU's memory, joins the other processes, keeps compiled programs for later."""
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the old name; both are an error
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_MEMORY_SHARE)
     initialize_distributed()
     jax.config.update("jax_compilation_cache_dir", str(base_dir() / "jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
