@@ -170,7 +170,7 @@ def row_choices(plan: Plan) -> list[int]:
 
 
 def usable_share() -> float:
-    """The share of a GPU's memory that our scripts take at start (runtime.start) unless told otherwise."""
+    """The share of a GPU's memory that our scripts take at start (runtime.py)."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
     return float(
         next((os.environ[name] for name in names if os.environ.get(name)), GPU_MEMORY_SHARE)
