@@ -109,12 +109,7 @@ class Tokenizer:
             raise ValueError("train a tokenizer either on texts or on Parquet files")
         if isinstance(texts, str):
             raise ValueError("texts must yield documents, but it is one string")
-        least = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < least:
-            raise ValueError(
-                f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
-                f"special tokens already make {least}"
-            )
+        _check_limits(vocab_size, doc_cap=doc_cap, max_chars=max_chars, threads=threads)
         trained = _rustbpe.train(
             texts,
             [Path(path) for path in parquet],
@@ -313,6 +308,18 @@ class _Piece(NamedTuple):
 
 # Parts of an assistant's message: the name of their markers, and whether they are learned.
 _MARKED_PARTS = {"python": ("python", 1), "python_output": ("output", 0)}
+
+
+def _check_limits(vocab_size: int, **limits: int | None) -> None:
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"special tokens already make {least}"
+        )
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}={limit} must be positive")
 
 
 def _safe_parts(text: str) -> list[str]:

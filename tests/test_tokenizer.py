@@ -189,6 +189,13 @@ def test_one_string_is_not_a_corpus():
         Tokenizer.train("once upon a time", vocab_size=300)
 
 
+@pytest.mark.parametrize("name", ["doc_cap", "max_chars", "threads"])
+def test_limits_are_positive(name):
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"{name}={limit} must be positive"):
+            Tokenizer.train(["text"], vocab_size=300, **{name: limit})
+
+
 def test_documents_are_capped_by_default():
     tok = Tokenizer.train(["ab" * 8000], vocab_size=300)
     assert (tok.provenance["chars"], tok.provenance["documents"]) == (10_000, 1)
