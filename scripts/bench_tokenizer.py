@@ -6,7 +6,8 @@
 Each contestant runs alone in a process of its own, on the same training shards, documents, pattern
 and number of threads; seconds include reading the text, peak memory is of the whole process. `ours`
 reads the Parquet files itself; `ours_iter` is given the same Python iterator as the others. The
-last line is one JSON object. The opponents belong to the development group.
+last line is one JSON object. The opponents belong to the development group; one that is not
+installed has null for its figures.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,7 @@ TITLES = {
     "rustbpe": "rustbpe 0.1.0",
     "hf": "HF tokenizers",
 }
+PACKAGES = {"rustbpe": "rustbpe", "hf": "tokenizers"}  # of the development group
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def start_alone(name: str, job: Job) -> dict[str, Any]:
         check=False,
     )
     if done.returncode:
-        raise ValueError(f"{TITLES[name]} failed, see above; the opponents are in the group dev")
+        raise ValueError(f"{TITLES[name]} failed, see above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -190,17 +193,25 @@ def encode_mb_s(tokenizer: "Tokenizer", shards: "Shards", threads: int) -> float
     return sum(len(text.encode()) for text in texts) / 1e6 / seconds
 
 
-def summary(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def is_installed(name: str) -> bool:
+    try:
+        return name not in PACKAGES or bool(version(PACKAGES[name]))
+    except PackageNotFoundError:
+        return False
+
+
+def summary(results: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
     """{contestant}_s, _cpu_s and _peak_mib of all, and whether the merges are the same."""
+    there = {name: result for name, result in results.items() if result is not None}
     line: dict[str, Any] = {
-        f"{name}_{key}": round(result[key], 3)
-        for name, result in results.items()
+        f"{name}_{key}": round(there[name][key], 3) if name in there else None
+        for name in results
         for key in ("s", "cpu_s", "peak_mib")
     }
-    digests = {result["digest"] for name, result in results.items() if name != "hf"}
-    line["identical_merges"] = len(digests) == 1
-    if "ours" in results and "rustbpe" in results:
-        line["speedup"] = round(results["rustbpe"]["s"] / results["ours"]["s"], 2)
+    digests = [result["digest"] for name, result in there.items() if name != "hf"]
+    line["identical_merges"] = len(set(digests)) == 1 if len(digests) > 1 else None
+    if {"ours", "rustbpe"} <= there.keys():
+        line["speedup"] = round(there["rustbpe"]["s"] / there["ours"]["s"], 2)
     return line
 
 
@@ -214,9 +225,12 @@ def main(config: BenchTokenizerConfig) -> None:
         max_chars=config.max_chars,
         threads=config.threads,
     )
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any] | None] = {}
     for name in config.contestants:
-        result = results[name] = start_alone(name, job)
+        result = results[name] = start_alone(name, job) if is_installed(name) else None
+        if result is None:
+            print(f"{TITLES[name]:15} is not installed")
+            continue
         print(
             f"{TITLES[name]:15} {result['s']:7.2f} s  {result['cpu_s']:7.2f} s of CPU  "
             f"{result['peak_mib']:7.1f} MiB",

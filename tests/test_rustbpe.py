@@ -149,12 +149,14 @@ print(peak() - before)
 
 def test_progress_runs_through_both_stages():
     seen = []
-    many = (doc + str(i) for i in range(200) for doc in DOCS)
+    many = (doc for _ in range(200) for doc in DOCS)
     train(many, vocab_size=300, max_chars=10**9, progress=lambda *now: seen.append(now))
-    counting = [now for now in seen if now[0] == "count"]
-    assert counting
-    assert all(total == 10**9 for _, _, total in counting)
-    assert [done for _, done, _ in counting] == sorted(done for _, done, _ in counting)
+    stages = [[now for now in seen if now[0] == stage] for stage in ("count", "merge")]
+    assert seen == [*stages[0], *stages[1]]
+    for stage, total in zip(stages, (10**9, 44), strict=True):
+        assert stage, "each is told of at least once"
+        assert all(now[2] == total for now in stage)
+        assert [now[1] for now in stage] == sorted(now[1] for now in stage)
     assert seen[-1] == ("merge", 44, 44)
 
 

@@ -1,5 +1,6 @@
 //! The border to Python: `nanochat_jax._rustbpe`.
 
+use std::mem::{Discriminant, discriminant};
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::thread::available_parallelism;
@@ -63,18 +64,21 @@ fn document_text<'a>(document: &'a Bound<'_, PyAny>, index: u64) -> PyResult<&'a
     })
 }
 
-/// Looks for Ctrl-C and calls `progress(stage, done, total)`, both at most every `WATCH_EVERY`.
+/// Looks for Ctrl-C and calls `progress(stage, done, total)`: every `WATCH_EVERY`, when a stage begins
+/// and when the last one ends.
 struct Watcher {
     progress: Option<Py<PyAny>>,
     max_chars: u64,
     last: Instant,
+    stage: Option<Discriminant<Progress>>,
     exception: Option<PyErr>,
 }
 
 impl Watcher {
     fn look(&mut self, now: Progress) -> bool {
+        let is_first = self.stage.replace(discriminant(&now)) != Some(discriminant(&now));
         let is_last = matches!(now, Progress::Merging { done, total } if done == total);
-        if self.last.elapsed() < WATCH_EVERY && !is_last {
+        if !is_first && !is_last && self.last.elapsed() < WATCH_EVERY {
             return true;
         }
         let outcome = Python::attach(|py| {
@@ -148,6 +152,7 @@ fn train<'py>(
         progress,
         max_chars: max_chars.unwrap_or(0),
         last: Instant::now(),
+        stage: None,
         exception: None,
     };
     let trained = py.detach(|| {
@@ -159,13 +164,20 @@ fn train<'py>(
         };
         train_from(&mut *source, &splitter, vocab_size, threads, &mut watcher)
     });
-    let trained = match (trained, exception.or(watcher.exception)) {
-        (Ok(trained), _) => trained,
-        (Err(Error::Stopped), Some(exception)) => return Err(exception),
-        (Err(error), _) => return Err(value_error(error)),
-    };
-    let result = PyDict::new(py);
+    match (trained, exception.or(watcher.exception)) {
+        (Ok(trained), _) => to_dict(py, &trained, &intake),
+        (Err(Error::Stopped), Some(exception)) => Err(exception),
+        (Err(error), _) => Err(value_error(error)),
+    }
+}
+
+fn to_dict<'py>(
+    py: Python<'py>,
+    trained: &Trained,
+    intake: &Intake,
+) -> PyResult<Bound<'py, PyDict>> {
     let ranks: Vec<_> = trained.ranks.iter().map(|token| PyBytes::new(py, token)).collect();
+    let result = PyDict::new(py);
     result.set_item("ranks", ranks)?;
     result.set_item("documents", intake.documents)?;
     result.set_item("chars", intake.chars)?;
