@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -185,10 +186,12 @@ def test_plan_without_a_compiler_says_time_and_disk():
     done = run_plan("--config", "cpu", "--no-compile", "--target", "cpu")
     plan = last_line(done)
     assert set(KEYS) <= set(plan)
-    assert (plan["depth"], plan["gpus"], plan["shards"], plan["usd"]) == (4, 1, 0, 0.0)
+    assert (plan["gpus"], plan["shards"], plan["usd"]) == (1, 0, 0.0)
     assert plan["hours"] > 0
     assert plan["disk_gb"] > 0
-    assert "400 steps of 4,096" in done.stdout
+    preset = tomllib.loads((ROOT / "configs" / "cpu.toml").read_text(encoding="utf-8"))["pretrain"]
+    assert plan["steps"] == preset["num_iterations"]
+    assert f"{plan['steps']:,} steps of {preset['total_batch_size']:,}" in done.stdout
     assert plan["compile_s"] is None
 
 
