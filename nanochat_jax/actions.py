@@ -30,8 +30,8 @@ from nanochat_jax.train import (
     TrainState,
     make_eval_step,
     make_gather,
+    make_state_to_logical,
     put_batch,
-    state_to_logical,
 )
 
 VAL_STREAMS = 8  # logical streams that validation text is divided into
@@ -124,14 +124,16 @@ def make_save(
 
     Parameters that are not finite are never saved: NonFiniteError.
     """
+    to_logical = make_state_to_logical(model, optimizer, mesh)
     all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params])))
 
     def run(state: TrainState, progress: Progress) -> None:
         step = int(state.step)
         if not all_finite(list(state.params.values())):
             raise NonFiniteError(step, "a parameter is not finite", loader_state())
-        logical = state_to_logical(model, optimizer, mesh, state)
-        checkpoints.save(logical, describe(step, progress), merge_over_processes(loader_state()))
+        checkpoints.save(
+            to_logical(state), describe(step, progress), merge_over_processes(loader_state())
+        )
 
     return run
 

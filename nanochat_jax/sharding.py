@@ -116,25 +116,27 @@ def logical_shardings(logical: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(choose, logical)
 
 
-def to_logical(padded: Any, logical: Any, mesh: Mesh) -> Any:
-    """Strips the padding: `padded` on the mesh -> arrays of the shapes in `logical`."""
+def make_to_logical(logical: Any, mesh: Mesh) -> Callable[[Any], Any]:
+    """The function that strips the padding: values on the mesh -> arrays shaped as `logical`.
+
+    Values without padding are returned as they are. Compiled at the first call only.
+    """
 
     def cut(tree):
         return jax.tree.map(
             lambda x, want: jax.lax.slice(x, (0,) * x.ndim, want.shape), tree, logical
         )
 
-    return _map_where_padded(cut, padded, logical, logical_shardings(logical, mesh))
+    jitted = jax.jit(cut, out_shardings=logical_shardings(logical, mesh))
+
+    def to_logical(padded: Any) -> Any:
+        same = jax.tree.map(lambda x, want: x.shape == want.shape, padded, logical)
+        return padded if all(jax.tree.leaves(same)) else jitted(padded)
+
+    return to_logical
 
 
 def from_logical(values: Any, mesh: Mesh) -> Any:
     """Adds the padding again and lays the arrays out for training."""
     pad = jax.jit(lambda tree: pad_tree(tree, mesh.size), out_shardings=shardings(values, mesh))
     return pad(values)
-
-
-def _map_where_padded(cut: Callable, padded: Any, logical: Any, out_shardings: Any) -> Any:
-    same = jax.tree.map(lambda x, want: x.shape == want.shape, padded, logical)
-    if all(jax.tree.leaves(same)):
-        return padded
-    return jax.jit(cut, out_shardings=out_shardings)(padded)

@@ -8,7 +8,7 @@ Shapes: A accumulation steps (micro-batches), B rows, T time, V vocabulary.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.struct
@@ -27,11 +27,11 @@ from nanochat_jax.sharding import (
     SHARD_DIM,
     from_logical,
     logical_shardings,
+    make_to_logical,
     pad_tree,
     padded_size,
     shardings,
     specs,
-    to_logical,
 )
 
 Metrics = dict[str, jax.Array]
@@ -54,7 +54,8 @@ def init_state(
 ) -> TrainState:
     """A fresh state, made where it will live; the same numbers for any number of devices."""
     make = partial(_fresh_state, model, optimizer, mesh.size)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
+    placed = shardings(_state_shapes(model, optimizer, mesh.size), mesh)
+    return jax.jit(make, out_shardings=placed)(key)
 
 
 def _fresh_state(model, optimizer, n_devices: int, key) -> TrainState:
@@ -62,9 +63,16 @@ def _fresh_state(model, optimizer, n_devices: int, key) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+@lru_cache(maxsize=8)
+def _state_shapes(model, optimizer, n_devices: int) -> TrainState:
+    # Several callers want it, and tracing model and optimizer takes a second or two.
+    make = partial(_fresh_state, model, optimizer, n_devices)
+    return jax.eval_shape(make, jax.random.key(0))
+
+
 def abstract_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the training state: what a compiler needs, without arrays."""
-    shapes = jax.eval_shape(partial(_fresh_state, model, optimizer, mesh.size), jax.random.key(0))
+    shapes = _state_shapes(model, optimizer, mesh.size)
     return _with_shardings(shapes, shardings(shapes, mesh))
 
 
@@ -72,7 +80,7 @@ def abstract_logical_state(
     model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The same without padding: what a checkpoint holds."""
-    shapes = jax.eval_shape(partial(_fresh_state, model, optimizer, 1), jax.random.key(0))
+    shapes = _state_shapes(model, optimizer, 1)
     return _with_shardings(shapes, logical_shardings(shapes, mesh))
 
 
@@ -84,9 +92,16 @@ def _with_shardings(shapes: Any, placed: Any) -> Any:
     )
 
 
+def make_state_to_logical(
+    model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState], TrainState]:
+    """The function from a state to what is saved of it: the state without padding."""
+    return make_to_logical(abstract_logical_state(model, optimizer, mesh), mesh)
+
+
 def state_to_logical(model, optimizer, mesh: Mesh, state: TrainState) -> TrainState:
-    """What to save: the state without padding."""
-    return to_logical(state, abstract_logical_state(model, optimizer, mesh), mesh)
+    """`make_state_to_logical` for a single state."""
+    return make_state_to_logical(model, optimizer, mesh)(state)
 
 
 def state_from_logical(mesh: Mesh, saved: TrainState) -> TrainState:

@@ -18,6 +18,7 @@ from nanochat_jax.optim import OptimConfig, make_optimizer
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
+    TrainState,
     abstract_logical_state,
     init_state,
     make_train_step,
@@ -183,14 +184,21 @@ def test_kill_9_during_a_write_leaves_the_checkpoint_before(tmp_path):
         assert checkpoints.steps() == [1, 2]
 
 
-def test_a_damaged_checkpoint_is_named(run1, tmp_path):
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    one = {"wte": jnp.ones((8, 8))}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(small_state(3), {}, None)
+        checkpoints.save(TrainState(jnp.int32(3), one, {"mu": one}), {"x": 1}, None)
         checkpoints.wait()
-        data = next(path for path in (tmp_path / "checkpoints/3/params/d").iterdir())
-        data.write_bytes(b"")
+        for data in (tmp_path / "checkpoints/3/params/d").iterdir():
+            data.write_bytes(b"")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), one
+        )
         with pytest.raises(ValueError, match="checkpoints/3 cannot be read"):
-            checkpoints.restore(3, run1.abstract)
+            checkpoints.restore_params(3, abstract)
+        (tmp_path / "checkpoints/3/meta/metadata").write_text('{"x":')
+        with pytest.raises(ValueError, match="checkpoints/3 cannot be read"):
+            checkpoints.meta(3)
 
 
 def test_a_run_folder_is_a_model(run2, tmp_path):
