@@ -16,7 +16,13 @@ fi
 if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
 
 say "Rust: format, lints, tests"
-(cd rustbpe && cargo fmt --check && cargo clippy --quiet --all-targets -- -D warnings && cargo test --quiet)
+(
+    cd rustbpe
+    cargo fmt --check
+    # With the border to Python, which the tests do without.
+    PYO3_PYTHON="$PYTHON" cargo clippy --release --quiet --all-targets --all-features -- -D warnings
+    cargo test --release --quiet
+)
 say "Python: lints, types"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -38,21 +38,20 @@ def parse[C](
     args = list(sys.argv[1:] if args is None else args)
     try:
         preset, args = _take_preset(args)
-        default = (
-            config_class(**_checked(config_class, _settings(config_class, preset), preset))
-            if preset
-            else None
-        )
+        values = _settings(config_class, preset) if preset else {}
+        default = config_class(**_checked(config_class, values, preset)) if preset else None
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     epilogue = "--config PRESET: a TOML file, or a name in configs/, that supplies the defaults"
-    return tyro.cli(
+    parsed = tyro.cli(
         config_class,
         args=args,
         default=default,
         description=f"{description or config_class.__doc__}\n\n{epilogue}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    assert parsed is not None  # for the type checker: only a default could be
+    return parsed
 
 
 def to_toml(config: Any) -> str:

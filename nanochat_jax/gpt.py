@@ -5,8 +5,10 @@ V vocabulary, P padded vocabulary, L layers. Weights are (out, in); matrices of 
 stacked over the layers. The model knows no mesh: it computes the rows it is given on one device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +99,7 @@ class GPT(nn.Module):
     """
 
     config: GPTConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
     attention: str = "blocked"
 
     def setup(self):
@@ -167,13 +169,16 @@ def init_params(model: GPT, key: jax.Array) -> Params:
 def parameter_table(config: GPTConfig) -> dict:
     """name -> (shape, initialiser) of every parameter, for both recipes."""
     L, D, P = config.n_layer, config.n_embd, config.padded_vocab_size
-    shapes = {"qo": (2 * L, D, D), "kv": (2 * L, config.kv_dim, D)}
+    shapes: dict[str, tuple[int, ...]] = {"qo": (2 * L, D, D), "kv": (2 * L, config.kv_dim, D)}
     shapes |= {"fc": (L, 4 * D, D), "proj": (L, D, 4 * D)}
     normal, constant = nn.initializers.normal, nn.initializers.constant
     if config.recipe == "2025":
         inits = {name: normal(_std_2025(shapes[name])) for name in ("qo", "kv", "fc")}
         inits["qo"] = _every_second_zero(inits["qo"])
-        table = {"wte": ((P, D), normal(1.0)), "lm_head": ((P, D), constant(0.0))}
+        table: dict[str, tuple] = {
+            "wte": ((P, D), normal(1.0)),
+            "lm_head": ((P, D), constant(0.0)),
+        }
     else:
         bound = (3 / D) ** 0.5
         inits = {"qo": _every_second_zero(_uniform(-bound, bound)), "kv": _uniform(-bound, bound)}
@@ -242,7 +247,9 @@ def attention_inputs(config: GPTConfig, layer: dict, h_BTD, rope):
         gate_BTK = linear(h_BTD[..., :GATE_CHANNELS], layer["gate"])
         v = add_value_embedding(v, gate_BTK, layer["ve"].reshape(v.shape))
     sharpen = QK_SHARPEN if config.recipe == "2026" else 1.0
-    return rotate_and_norm(q, *rope, sharpen), rotate_and_norm(k, *rope, sharpen), v
+    cos_TH, sin_TH = rope
+    q = rotate_and_norm(q, cos_TH, sin_TH, sharpen)
+    return q, rotate_and_norm(k, cos_TH, sin_TH, sharpen), v
 
 
 @jax.custom_vjp
@@ -270,7 +277,7 @@ def _contract(a, b, dims_a: tuple[int, ...], dims_b: tuple[int, ...]):
     return jax.lax.dot_general(a, b, ((dims_a, dims_b), ((), ())), preferred_element_type=a.dtype)
 
 
-def rematerialised(function):
+def rematerialised(function: Callable) -> Callable:
     """`function` with a backward pass that recomputes it from its inputs.
 
     XLA would otherwise keep float32 intermediates of these elementwise parts for the backward pass;
@@ -323,7 +330,7 @@ def rotary(positions_T: jax.Array, head_dim: int, base: float) -> tuple[jax.Arra
 def rotate_and_norm(x_BTNH, cos_TH, sin_TH, scale: float):
     """Rotates the two halves of each head by −position·frequency, norms, and scales.
 
-    Norm first, since a rotation keeps it: on a GPU that is half the memory traffic.
+    The norm is taken before the rotation, which keeps it: half the memory traffic on a GPU.
     """
     return _rotate_and_norm(x_BTNH, cos_TH[:, None], sin_TH[:, None], scale)
 
@@ -331,9 +338,9 @@ def rotate_and_norm(x_BTNH, cos_TH, sin_TH, scale: float):
 @rematerialised
 def _rotate_and_norm(x, cos, sin, scale):
     x32 = x.astype(jnp.float32)
-    x32 = x32 * (jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + EPS) * scale)
+    rms = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + EPS) * scale
     rotate = partial(jax.lax.platform_dependent, cpu=_rotate_joined, default=_rotate_flipped)
-    return rotate(x32, cos, sin).astype(x.dtype)
+    return (rotate(x32, cos, sin) * rms).astype(x.dtype)
 
 
 def _rotate_joined(x, cos, sin):

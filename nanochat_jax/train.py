@@ -127,7 +127,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     grad_clip: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted step (state, batch) -> (state, metrics). The state given in is donated.
 
     Losses are summed over supervised tokens and divided once by their number over all devices and
