@@ -8,6 +8,7 @@ beside what it made (`to_toml`), so a run can be repeated.
 """
 
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -228,5 +229,5 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+    # A JSON string is a TOML string, but for the one control character that JSON lets through.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
