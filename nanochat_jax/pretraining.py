@@ -132,7 +132,11 @@ def _shape(config: PretrainConfig, default_head_dim: int) -> dict[str, Any]:
             f"a width of {width} cannot be cut into whole heads of {head_dim}; give n_embd and "
             "n_head, the first a multiple of the second"
         )
-    return {"aspect_ratio": Fraction(width, config.depth), "head_dim": head_dim}
+    per_layer = Fraction(width, max(config.depth, 1))
+    return {
+        "aspect_ratio": int(per_layer) if per_layer.is_integer() else per_layer,
+        "head_dim": head_dim,
+    }
 
 
 def build(

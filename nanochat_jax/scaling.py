@@ -43,7 +43,7 @@ class Recipe:
     momentum_final: float
     momentum_warmup_steps: int
     sequence_len: int = 2048
-    aspect_ratio: int = 64  # width per layer
+    aspect_ratio: float = 64  # width per layer
     head_dim: int = 128
 
 
@@ -212,7 +212,7 @@ def model_config(
     """The model of a depth: width = aspect_ratio · depth, rounded up to whole heads (2026)."""
     if depth < 1:
         raise ValueError(f"depth must be at least 1, not {depth}")
-    width = settings.aspect_ratio * depth
+    width = round(settings.aspect_ratio * depth)
     n_head = -(-width // settings.head_dim)
     if recipe == "2026":
         width = n_head * settings.head_dim

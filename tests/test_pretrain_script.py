@@ -1,0 +1,378 @@
+"""scripts/pretrain.py as people run it: kill -9, SIGTERM, resuming, other devices, mistakes.
+
+All runs share a base directory with a tokenizer and a data set of a few hundred documents, and one
+run that nothing interrupted, whose records the others must repeat exactly.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.config import PretrainConfig, from_toml
+from nanochat_jax.pretraining import prepare, pretrain
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 14
+SETTINGS = {
+    "depth": 1,  # several devices never divide the stacks, so there is padding
+    "n_embd": 32,
+    "n_head": 2,
+    "n_kv_head": 1,
+    "max_seq_len": 64,
+    "total_batch_size": 1024,
+    "device_batch_size": 2,
+    "num_iterations": STEPS,
+    "warmup_steps": 2,
+    "matrix_lr": 0.5,
+    "embedding_lr": 3.0,
+    "unembedding_lr": 0.08,
+    "dataset": "tiny",
+    "tokenizer": "tiny",
+    "eval_every": 5,
+    "eval_tokens": 1024,
+    "sample_every": 7,
+    "sample_tokens": 4,
+    "save_every": 4,
+}
+TIMES = {"dt", "tokens_per_s", "data_wait", "mfu", "eta_seconds", "train_seconds"}
+TEXT = (
+    "the of and to in a is that it was for on are with as his they at be this from have or by one "
+    "had not but what all were when we there can an your which their said if do will each about how"
+)
+WORDS = TEXT.split()
+
+
+def document(rng: random.Random) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 120))) + "."
+
+
+def write_dataset(folder: Path, n_shards: int) -> None:
+    rng = random.Random(0)
+    folder.mkdir(parents=True)
+    for index in range(n_shards):
+        texts = pa.table({"text": [document(rng) for _ in range(100)]})
+        pq.write_table(texts, folder / f"shard_{index:05d}.parquet", row_group_size=20)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_dataset(folder / "base_data" / "tiny", 3)
+    rng = random.Random(1)
+    tokenizer = Tokenizer.train((document(rng) for _ in range(300)), vocab_size=300)
+    tokenizer.save(folder / "tokenizer" / "tiny")
+    cache = ROOT / ".pytest_cache" / "jax"  # what conftest.py uses: most runs compile nothing
+    cache.mkdir(parents=True, exist_ok=True)
+    (folder / "jax_cache").symlink_to(cache)
+    return folder
+
+
+class Script:
+    """Runs scripts/pretrain.py with SETTINGS, as so many simulated devices."""
+
+    def __init__(self, base: Path):
+        self.base = base
+
+    def start(self, *flags: str, devices: int = 1, environment=(), **settings) -> subprocess.Popen:
+        flags += tuple(f"--{name}={value}" for name, value in (SETTINGS | settings).items())
+        return self.start_plain(*flags, devices=devices, environment=environment)
+
+    def start_plain(self, *flags: str, devices: int = 1, environment=()) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", str(ROOT / "scripts/pretrain.py"), *flags],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "NANOCHAT_BASE_DIR": str(self.base),
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONFAULTHANDLER": "1",
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                **dict(environment),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *flags: str, expect: int = 0, **how) -> str:
+        return finish(self.start(*flags, **how), expect)
+
+    def folder(self, run: str) -> Path:
+        return self.base / "runs" / run
+
+    def trace(self, run: str) -> list[dict]:
+        """The records without what depends on the clock."""
+        return [
+            {name: value for name, value in record.items() if name not in TIMES}
+            for record in read_metrics(self.folder(run))
+        ]
+
+    def losses(self, run: str) -> list[float]:
+        return [record["loss"] for record in self.trace(run) if record["kind"] == "train"]
+
+    def steps(self, run: str) -> set[str]:
+        return {path.name for path in (self.folder(run) / "checkpoints").iterdir()}
+
+
+def finish(process: subprocess.Popen, expect: int) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == expect, output
+    return output
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    """Until the condition holds; the process has to live so long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def n_train_records(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b'"train"') if path.exists() else 0
+
+
+@pytest.fixture(scope="session")
+def script(base) -> Script:
+    return Script(base)
+
+
+@pytest.fixture(scope="session")
+def whole(script) -> list[dict]:
+    """The trace of a run that nothing interrupted."""
+    output = script.run(run="whole")
+    assert "scaling parameters" in output  # the dial
+    assert "finished" in output
+    return script.trace("whole")
+
+
+def test_a_run_leaves_a_whole_folder(script, whole):
+    kinds = [record["kind"] for record in whole]
+    assert [kinds.count(kind) for kind in ("plan", "train", "val", "sample")] == [1, STEPS, 4, 2]
+    losses = script.losses("whole")
+    assert losses[-1] < losses[0] - 0.3  # it learns
+    assert script.steps("whole") == {"12", str(STEPS)}
+    config = from_toml(PretrainConfig, (script.folder("whole") / "config.toml").read_text(), "")
+    assert (config.run, config.depth, config.resume) == ("whole", 1, False)
+    assert Tokenizer.load(script.folder("whole") / "tokenizer").vocab_size == 300
+    with Checkpoints(script.folder("whole"), read_only=True) as checkpoints:
+        meta = checkpoints.meta(STEPS)
+        assert checkpoints.meta(12)["val_bpb"] is None  # not measured at that step
+    last = [record for record in whole if record["kind"] == "val"][-1]
+    assert meta["val_bpb"] == last["bpb"] == checkpoints_best(whole)
+    assert meta["provenance"]["packages"]["jax"]
+
+
+def checkpoints_best(trace: list[dict]) -> float:
+    return min(record["bpb"] for record in trace if record["kind"] == "val")
+
+
+def test_kill_9_at_a_random_step_and_resume(script, whole):
+    folder = script.folder("killed")
+    at = random.randrange(1, STEPS - 1)
+    process = script.start("--resume", run="killed")  # there is nothing to resume yet
+    wait_for(lambda: n_train_records(folder) >= at, process)
+    process.send_signal(signal.SIGKILL)
+    assert "starting at step 0" in finish(process, -signal.SIGKILL)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "train", "step": 7, "lo')  # as if torn in mid-line
+    script.run("--resume", run="killed")
+    assert script.trace("killed") == whole
+
+
+def test_kill_9_while_a_checkpoint_is_written_and_resume(script, whole):
+    folder = script.folder("torn")
+
+    def writing() -> list[Path]:
+        drafts = folder.glob("checkpoints/8.*/params*")
+        return list(drafts)
+
+    process = script.start(run="torn")
+    wait_for(writing, process)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    caught = not (folder / "checkpoints" / "8").exists()
+    output = script.run("--resume", run="torn")
+    assert f"resuming at step {4 if caught else 8}" in output
+    assert script.trace("torn") == whole
+    assert script.steps("torn") == {"12", str(STEPS)}  # nothing half-written is left
+
+
+def test_sigterm_saves_and_says_how_to_go_on(script, whole):
+    folder = script.folder("asked")
+    process = script.start(run="asked")
+    wait_for(lambda: n_train_records(folder) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 0)
+    step = max(int(name) for name in script.steps("asked"))
+    assert f"stopped by SIGTERM after step {step} of {STEPS}; saved" in output
+    command = output.strip().splitlines()[-1].split("scripts/pretrain.py ")[1].split()
+    assert "--resume" in command
+    finish(script.start_plain(*command), 0)
+    assert script.trace("asked") == whole
+
+
+def test_two_processes_train_as_one(script, whole, here):
+    """And what they saved together, one can continue."""
+    with contextlib.closing(socket_on_a_free_port()) as probe:
+        port = probe.getsockname()[1]
+    processes = [
+        script.start(
+            run="cluster",
+            sample_every=0,
+            environment={
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+        )
+        for index in range(2)
+    ]
+    outputs = [finish(process, 0) for process in processes]
+    assert "step 00013" in outputs[0]
+    assert "step 0" not in outputs[1]  # only the first one speaks
+    np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
+    shutil.rmtree(script.folder("cluster") / "checkpoints" / str(STEPS))
+    assert pretrain(config(run="cluster", resume=True)) == 0
+    np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
+
+
+def socket_on_a_free_port():
+    import socket
+
+    probe = socket.socket()
+    probe.bind(("127.0.0.1", 0))
+    return probe
+
+
+def test_a_mistake_ends_with_one_sentence(script, whole):
+    output = script.run(run="whole", expect=1)
+    assert output.strip().splitlines()[-1].startswith("error: the run ")
+    assert "continue it with --resume, choose another name with --run" in output
+    assert "Traceback" not in output
+
+
+# --- the same, called directly --------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+
+
+def config(**settings) -> PretrainConfig:
+    return PretrainConfig(**(SETTINGS | {"n_devices": 1} | settings))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_another_number_of_devices_goes_on_with_the_same_losses(here, script, whole, devices):
+    name = f"on{devices}"
+    shutil.copytree(script.folder("whole"), script.folder(name))
+    shutil.rmtree(script.folder(name) / "checkpoints" / str(STEPS))
+    assert pretrain(config(run=name, resume=True, n_devices=devices, save_every=0)) == 0
+    np.testing.assert_allclose(script.losses(name), script.losses("whole"), rtol=1e-5)
+    bpbs = [
+        [r["bpb"] for r in trace if r["kind"] == "val"] for trace in (script.trace(name), whole)
+    ]
+    np.testing.assert_allclose(*bpbs, rtol=1e-5)
+
+
+def test_a_non_finite_loss_ends_the_run_and_overwrites_nothing(here, script, capsys):
+    settings = {"matrix_lr": 1e38, "save_every": 1, "keep_last": 1}
+    assert pretrain(config(run="burnt", **settings)) == 1
+    record = json.loads((script.folder("burnt") / "nonfinite.json").read_text())
+    assert f"at step {record['step']}; " in capsys.readouterr().err
+    assert set(record["loader"]["streams"]) == {str(stream) for stream in range(8)}
+    with Checkpoints(script.folder("burnt"), read_only=True) as checkpoints:
+        assert all(step <= record["step"] for step in checkpoints.steps())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer": "nobody"}, "train one with scripts/tok_train.py"),
+        ({"dataset": "nowhere"}, "there is no data set at"),
+        ({"total_batch_size": 1000}, "not a whole number of micro-batches"),
+        ({"max_seq_len": 100}, "not a whole number of micro-batches"),
+        ({"n_devices": 99}, "99 devices asked for"),
+        ({"n_head": 3}, "whole heads"),
+        ({"n_kv_head": 3}, "multiple of n_kv_head"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"attention": "cudnn"}, "needs an NVIDIA GPU"),
+        ({"window_pattern": "SX"}, "window_pattern is made of S and L"),
+        ({"resume": True, "overwrite": True}, "choose one of them"),
+        ({"data_streams": 5}, "cannot be divided among 5 streams"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    here, base, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        pretrain(config(run="refused", **settings))
+    assert not (base / "runs" / "refused" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_embd": 64}, "model n_embd was 32, now 64"),
+        ({"num_iterations": 20}, "optimizer num_iterations was 14, now 20"),
+        ({"dataset": "more"}, "data training shards was 2, now 3"),
+        ({"tokenizer": "other"}, "tokenizer tokens was .*, now"),
+        ({"total_batch_size": 2048}, "batch tokens was 1024, now 2048"),
+        ({"seed": 1}, "seed was 42, now 1"),
+        ({"recipe": "2025", "total_batch_size": 1024}, "model recipe was 2026, now 2025"),
+    ],
+)
+def test_a_changed_run_is_not_continued(here, base, whole, settings, message):
+    if not (base / "base_data" / "more").exists():
+        write_dataset(base / "base_data" / "more", 4)
+        rng = random.Random(2)
+        other = Tokenizer.train((document(rng) for _ in range(50)), vocab_size=300)
+        other.save(base / "tokenizer" / "other")
+    with pytest.raises(ValueError, match=message):
+        pretrain(config(run="whole", resume=True, **settings))
+    assert Script(base).trace("whole") == whole
+
+
+def test_overwrite_starts_again(here, base, whole):
+    folder = base / "runs" / "again"
+    shutil.copytree(base / "runs" / "whole", folder)
+    (folder / "checkpoints" / "12" / "mine").write_text("")
+    short = {"num_iterations": 2, "eval_every": 0, "sample_every": 0}
+    assert pretrain(config(run="again", overwrite=True, **short)) == 0
+    trace = Script(base).trace("again")
+    assert [record["kind"] for record in trace] == ["plan", "train", "train"]
+    assert Script(base).steps("again") == {"2"}
+
+
+def test_width_and_heads_can_be_given(here):
+    def shape(**settings):
+        plan = prepare(
+            config(**({"n_embd": None, "n_head": None, "n_kv_head": None} | settings))
+        ).plan
+        gpt = plan.config
+        return gpt.n_layer, gpt.n_embd, gpt.n_head, gpt.n_kv_head
+
+    assert shape(depth=2) == (2, 128, 1, 1)
+    assert shape(depth=3, n_embd=100, n_head=5) == (3, 100, 5, 5)
+    assert shape(depth=3, n_embd=256) == (3, 256, 2, 2)
+    assert shape(depth=4, aspect_ratio=32, head_dim=16) == (4, 128, 8, 8)
+    assert shape(depth=4, n_embd=256, n_head=4, n_kv_head=2) == (4, 256, 4, 2)
