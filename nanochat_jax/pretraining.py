@@ -372,7 +372,7 @@ def _actions(job: Job, loader: RowLoader, checkpoints: Checkpoints, stop: StopRe
             mesh,
             checkpoints,
             loader.get_state,
-            partial(describe_checkpoint, job),
+            partial(describe_checkpoint, job, job.identity(), provenance()),
         ),
     )
 
@@ -380,7 +380,9 @@ def _actions(job: Job, loader: RowLoader, checkpoints: Checkpoints, stop: StopRe
 # --- what the run says and saves of itself --------------------------------------------------------
 
 
-def describe_checkpoint(job: Job, step: int, progress: Progress) -> dict[str, Any]:
+def describe_checkpoint(
+    job: Job, identity: dict[str, Any], made_by: dict[str, Any], step: int, progress: Progress
+) -> dict[str, Any]:
     """The meta of a checkpoint: all of a run that is neither an array nor the data's state."""
     return {
         "format": 1,
@@ -389,10 +391,10 @@ def describe_checkpoint(job: Job, step: int, progress: Progress) -> dict[str, An
         **model_meta(job.plan.config),
         "val_bpb": progress.val_bpb if "val" in progress.done else None,
         "progress": asdict(progress),
-        "identity": job.identity(),
+        "identity": identity,
         "config": asdict(job.config),
         "plan": plan_record(job.plan),
-        "provenance": provenance(),
+        "provenance": made_by,
     }
 
 

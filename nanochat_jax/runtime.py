@@ -31,7 +31,7 @@ def start() -> None:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_MEMORY_SHARE)
     initialize_distributed()
     jax.config.update("jax_compilation_cache_dir", str(base_dir() / "jax_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def run_script(main: Callable[[], None]) -> None:
