@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -364,3 +365,56 @@ def test_width_and_heads_can_be_given(here):
     assert shape(depth=3, n_embd=256) == (3, 256, 2, 2)
     assert shape(depth=4, aspect_ratio=32, head_dim=16) == (4, 128, 8, 8)
     assert shape(depth=4, n_embd=256, n_head=4, n_kv_head=2) == (4, 256, 4, 2)
+
+
+# --- what is done with a finished run -------------------------------------------------------------
+
+
+@pytest.fixture
+def call(here, monkeypatch, capsys):
+    """Runs a script in this process: its output, or the message that it ended with."""
+
+    def run(name: str, *flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as end:
+            return str(end.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_eval_base_measures_and_samples(call, script, whole):
+    flags = ["--n-devices=1", "--device-batch-size=2", "--eval-tokens=1024", "--sample-tokens=4"]
+    output = call("eval_base.py", "--run=whole", *flags)
+    result = json.loads(output.strip().splitlines()[-1])
+    assert result == json.loads((script.folder("whole") / "eval_base.json").read_text())
+    last = [record for record in whole if record["kind"] == "val"][-1]
+    assert result["bpb"] == pytest.approx(last["bpb"], rel=1e-6)  # what training measured
+    assert result["step"] == STEPS
+    assert 0.5 < result["gzip_bpb"] < 8
+    assert len(result["samples"]) == 8
+    assert "gzip -9 needs" in output
+    only = call("eval_base.py", "--run=whole", "--eval=bpb", "--step=12", *flags)
+    assert set(json.loads(only.strip().splitlines()[-1])) == {
+        "run", "step", "bpb", "gzip_bpb", "tokens"
+    }  # fmt: skip
+    assert "--eval knows bpb, sample, not core" in call("eval_base.py", "--eval=core")
+
+
+def test_generate_goes_on_with_a_text_or_a_file(call, whole, tmp_path):
+    flags = ["--run=whole", "--max-tokens=6"]
+    (tmp_path / "start.txt").write_text("the and of", encoding="utf-8")
+    prompt = f"--prompt=FILE:{tmp_path / 'start.txt'}"
+    two = call("generate.py", *flags, prompt, "--num-samples=2")
+    assert two.count("the and of") == 2
+    assert two == call("generate.py", *flags, "--prompt=the and of", "--num-samples=2")
+    assert two != call("generate.py", *flags, prompt, "--num-samples=2", "--seed=1")
+    greedy = [call("generate.py", *flags, "--temperature=0", f"--seed={s}") for s in (1, 2)]
+    assert greedy[0] == greedy[1]
+    assert "No such file" in call("generate.py", *flags, "--prompt=FILE:/nowhere/at all")
+    assert "has no step 5; it has 12, 14" in call("generate.py", *flags, "--step=5")
+    assert "holds no checkpoints" in call("generate.py", "--run=nobody")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in call("generate.py", *flags, f"--prompt=FILE:{tmp_path / 'bytes'}")
