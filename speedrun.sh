@@ -50,6 +50,14 @@ stage download scripts/download.py --config "$preset"
 stage tok_train scripts/tok_train.py --config "$preset"
 stage tok_eval scripts/tok_eval.py --config "$preset"
 stage pretrain scripts/pretrain.py --config "$preset" --resume
+# A run that was stopped has been saved and ends well too, but it is not finished.
+run_folder="$NANOCHAT_BASE_DIR/runs/$preset"
+planned=$(sed -n '1s/.*"num_iterations": \([0-9]*\).*/\1/p' "$run_folder/metrics.jsonl")
+if [ ! -d "$run_folder/checkpoints/$planned" ]; then
+    rm -f "$done_folder"/pretrain.*
+    say "Pretraining was stopped; run this again to go on."
+    exit 0
+fi
 stage eval_base scripts/eval_base.py --config "$preset"
 
 say "Finished in $((SECONDS / 60)) min $((SECONDS % 60)) s. Let it write: $PYTHON scripts/generate.py --run $preset --prompt 'The function returns'"
