@@ -6,6 +6,7 @@ they fail instead, so that a green CI run means they ran.
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -14,6 +15,9 @@ import pytest
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and all they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 # Compiling is most of the time these tests take: a quarter of it goes with LLVM's expensive passes.
