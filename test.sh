@@ -28,4 +28,5 @@ say "Python: lints, types"
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 say "Python: tests"
-"$PYTHON" -m pytest -m "not gpu and not gpu_compile"
+# Two at a time: most of their time is compiling, which uses one core.
+"$PYTHON" -m pytest -m "not gpu and not gpu_compile" -n 2 --dist loadfile
