@@ -5,10 +5,10 @@ V vocabulary, P padded vocabulary, L layers. Weights are (out, in); matrices of 
 stacked over the layers. The model knows no mesh: it computes the rows it is given on one device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,42 +123,18 @@ class GPT(nn.Module):
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
         """The normed stream (B, T, D) that the head reads."""
         config = self.config
+        params = {name: getattr(self, name) for name in parameter_table(config)}
         with jax.named_scope("embed"):
             x = norm(embed(self.wte, tokens_BT, self.dtype))
             if config.recipe == "2026":
                 x = smear(x, self.smear_gate, self.smear_lambda)
         rope = rotary(jnp.arange(tokens_BT.shape[1]), config.head_dim, config.rope_base)
-        layers = self._layers(tokens_BT)
-        if config.recipe == "2026":
-            lambdas = unstack(self.resid_lambdas), unstack(self.x0_lambdas)
-            # As scalars of their own they leave one kernel for all layers, not one for each index.
-            resid, initial = jax.lax.optimization_barrier(lambdas)
-        x0 = x
-        for i, layer in enumerate(layers):
-            with jax.named_scope(f"layer{i}"):
-                if config.recipe == "2026":
-                    x = mix(resid[i], x, initial[i], x0)
-                x = block(config, layer, x, rope, config.window_sizes[i], self.attention)
-            if i == config.n_layer // 2:
-                x_mid = x
-        if config.recipe == "2026":
-            x = mix(1.0, x, -self.backout_lambda[0], x_mid)
-        return norm(x)
+        layers = look_up(unstack_layers(config, params), tokens_BT, self.dtype)
 
-    def _layers(self, tokens_BT) -> list[dict[str, jax.Array]]:
-        """The slices of the stacks that each layer uses, and its value embeddings (B, T, K·H)."""
-        qo, kv, fc, proj = (unstack(s) for s in (self.qo, self.kv, self.fc, self.proj))
-        layers = [
-            {"q": q, "k": k, "v": v, "o": o, "fc": fc_i, "proj": proj_i}
-            for q, o, k, v, fc_i, proj_i in zip(
-                qo[::2], qo[1::2], kv[::2], kv[1::2], fc, proj, strict=True
-            )
-        ]
-        if self.config.value_embed_layers:
-            tables, gates = unstack(self.value_embeds), unstack(self.ve_gate)
-            for i, table, gate in zip(self.config.value_embed_layers, tables, gates, strict=True):
-                layers[i] |= {"ve": embed(table, tokens_BT, self.dtype), "gate": gate}
-        return layers
+        def attend(layer, q, k, v):
+            return causal_attention(q, k, v, config.window_sizes[layer], self.attention)
+
+        return transform(config, layers, residual_scalars(config, params), x, rope, attend)
 
 
 def init_params(model: GPT, key: jax.Array) -> Params:
@@ -225,12 +201,80 @@ def _every_second_zero(init):
 # --- the parts ------------------------------------------------------------------------------------
 
 
-def block(config: GPTConfig, layer: dict, x_BTD, rope, window: int, implementation: str):
+def unstack_layers(config: GPTConfig, params: Params) -> list[dict[str, jax.Array]]:
+    """The matrices of each layer, by the names of `block`; "table" is its value embedding."""
+    qo, kv, fc, proj = (unstack(params[name]) for name in ("qo", "kv", "fc", "proj"))
+    layers = [
+        {"q": q, "k": k, "v": v, "o": o, "fc": fc_i, "proj": proj_i}
+        for q, o, k, v, fc_i, proj_i in zip(
+            qo[::2], qo[1::2], kv[::2], kv[1::2], fc, proj, strict=True
+        )
+    ]
+    if config.value_embed_layers:
+        tables, gates = unstack(params["value_embeds"]), unstack(params["ve_gate"])
+        for i, table, gate in zip(config.value_embed_layers, tables, gates, strict=True):
+            layers[i] |= {"table": table, "gate": gate}
+    return layers
+
+
+def look_up(layers: Sequence[dict[str, jax.Array]], tokens_BT, dtype) -> list[dict]:
+    """The layers with "ve", the tokens' value embeddings (B, T, K·H), in the place of "table"."""
+    found = []
+    for layer in layers:
+        rest = {name: array for name, array in layer.items() if name != "table"}
+        if "table" in layer:
+            rest["ve"] = embed(layer["table"], tokens_BT, dtype)
+        found.append(rest)
+    return found
+
+
+class ResidualScalars(NamedTuple):
+    """The 2026 recipe's scalars of the stream, one of each a layer; 2025 has none of them."""
+
+    resid: tuple[jax.Array, ...]
+    initial: tuple[jax.Array, ...]
+    backout: jax.Array
+
+
+def residual_scalars(config: GPTConfig, params: Params) -> ResidualScalars | None:
+    if config.recipe == "2025":
+        return None
+    lambdas = unstack(params["resid_lambdas"]), unstack(params["x0_lambdas"])
+    # As scalars of their own they leave one kernel for all layers, not one for each index.
+    resid, initial = jax.lax.optimization_barrier(lambdas)
+    return ResidualScalars(resid, initial, params["backout_lambda"][0])
+
+
+def transform(
+    config: GPTConfig,
+    layers: Sequence[dict],
+    scalars: ResidualScalars | None,
+    x_BTD,
+    rope,
+    attend: Callable[..., jax.Array],
+):
+    """The embedded stream (B, T, D) through all layers, normed.
+
+    `attend(layer, q_BTNH, k_BTKH, v_BTKH)` gives what layer number `layer` attends to, (B, T, N, H).
+    """
+    x = x0 = x_mid = x_BTD
+    for i, layer in enumerate(layers):
+        with jax.named_scope(f"layer{i}"):
+            if scalars:
+                x = mix(scalars.resid[i], x, scalars.initial[i], x0)
+            x = block(config, layer, x, rope, partial(attend, i))
+        if i == config.n_layer // 2:
+            x_mid = x
+    if scalars:
+        x = mix(1.0, x, -scalars.backout, x_mid)
+    return norm(x)
+
+
+def block(config: GPTConfig, layer: dict, x_BTD, rope, attend: Callable[..., jax.Array]):
     """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
     with jax.named_scope("attention"):
         h_BTD = norm(x_BTD)
-        q, k, v = attention_inputs(config, layer, h_BTD, rope)
-        y_BTNH = causal_attention(q, k, v, window, implementation)
+        y_BTNH = attend(*attention_inputs(config, layer, h_BTD, rope))
         x_BTD = x_BTD + linear(y_BTNH.reshape(x_BTD.shape), layer["o"])
     with jax.named_scope("mlp"):
         h_BTF = relu_squared(linear(norm(x_BTD), layer["fc"]))
@@ -247,9 +291,8 @@ def attention_inputs(config: GPTConfig, layer: dict, h_BTD, rope):
         gate_BTK = linear(h_BTD[..., :GATE_CHANNELS], layer["gate"])
         v = add_value_embedding(v, gate_BTK, layer["ve"].reshape(v.shape))
     sharpen = QK_SHARPEN if config.recipe == "2026" else 1.0
-    cos_TH, sin_TH = rope
-    q = rotate_and_norm(q, cos_TH, sin_TH, sharpen)
-    return q, rotate_and_norm(k, cos_TH, sin_TH, sharpen), v
+    q = rotate_and_norm(q, *rope, sharpen)
+    return q, rotate_and_norm(k, *rope, sharpen), v
 
 
 @jax.custom_vjp
@@ -321,9 +364,9 @@ def add_value_embedding(v_BTKH, gate_BTK, ve_BTKH):
 
 
 def rotary(positions_T: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin (T, H/2) of position·base^(−2j/H), float32."""
+    """cos and sin (T, H/2) of position·base^(−2j/H), float32; positions (B, T) give (B, T, H/2)."""
     frequencies = 1.0 / base ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    angles = positions_T.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -332,7 +375,7 @@ def rotate_and_norm(x_BTNH, cos_TH, sin_TH, scale: float):
 
     The norm is taken before the rotation, which keeps it: half the memory traffic on a GPU.
     """
-    return _rotate_and_norm(x_BTNH, cos_TH[:, None], sin_TH[:, None], scale)
+    return _rotate_and_norm(x_BTNH, cos_TH[..., None, :], sin_TH[..., None, :], scale)
 
 
 @rematerialised
@@ -358,10 +401,13 @@ def _rotate_flipped(x, cos, sin):
 
 def smear(x_BTD, gate_1C, smear_lambda_1):
     """Adds to each position but the first a gated part of the one before it (2026)."""
-    here, before = x_BTD[:, 1:], x_BTD[:, :-1]
-    gate = jax.nn.sigmoid(linear(here[..., :SMEAR_CHANNELS], gate_1C).astype(jnp.float32))
-    smeared = mix(1.0, here, smear_lambda_1[0] * gate, before)
+    smeared = add_before(x_BTD[:, 1:], x_BTD[:, :-1], gate_1C, smear_lambda_1)
     return jnp.concatenate([x_BTD[:, :1], smeared], axis=1)
+
+
+def add_before(here_BTD, before_BTD, gate_1C, smear_lambda_1):
+    gate = jax.nn.sigmoid(linear(here_BTD[..., :SMEAR_CHANNELS], gate_1C).astype(jnp.float32))
+    return mix(1.0, here_BTD, smear_lambda_1[0] * gate, before_BTD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

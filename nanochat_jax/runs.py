@@ -25,6 +25,15 @@ def run_folder(name: str | Path) -> Path:
     return Path(name).expanduser()
 
 
+def default_run() -> str:
+    """The name of the run that was written to last; ValueError where there is none."""
+    folder = base_dir() / "runs"
+    found = [path for path in folder.glob(f"*/{FOLDER}") if any(path.iterdir())]
+    if not found:
+        raise ValueError(f"there is no run in {folder}; train one: bash speedrun.sh")
+    return max(found, key=lambda path: path.stat().st_mtime).parent.name
+
+
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     """ValueError when a run is there and it was not said what to do with it."""
     if resume and overwrite:

@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -62,6 +63,8 @@ class PretrainConfig(configuration.PretrainConfig):
 
 
 def main() -> None:
+    # The compiler alone is wanted: without this JAX would look for the GPU, and fail without one.
+    jax.config.update("jax_platforms", "cpu")
     config = configuration.parse(PretrainConfig, description=__doc__)
     target, devices = choose_machine(config)
     if config.target == "auto" and target != "cpu" and find_device(target) is None:

@@ -4,7 +4,6 @@ wheels are installed (marker gpu_compile), the counts of the real step compiled 
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,7 +31,6 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "scripts/plan.py", *flags],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=800,

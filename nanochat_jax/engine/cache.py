@@ -1,0 +1,119 @@
+"""The key/value cache: what a row of tokens has left behind, and attention to it.
+
+Each layer keeps a ring of min(capacity, window + 1) positions a row: position p lies in slot
+p mod S, and what the layer's window no longer reaches is overwritten. Nothing else is stored about
+positions: the row's length tells which one every slot holds.
+
+Shapes: R rows, T new tokens, S slots of a layer, N query heads, K key/value heads, G = N/K, H head
+dim.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from nanochat_jax.gpt import GPTConfig
+
+
+@struct.dataclass
+class Cache:
+    """The state of R rows. Every leaf has the rows first."""
+
+    keys: tuple[jax.Array, ...]  # (R, K, S, H) of every layer, in the compute dtype
+    values: tuple[jax.Array, ...]
+    lengths_R: jax.Array  # int32: tokens so far
+    # The token before the next one: smear needs its embedding, and an id survives a rewind.
+    last_R: jax.Array
+
+
+def ring_sizes(config: GPTConfig, capacity: int) -> tuple[int, ...]:
+    """Positions that each layer keeps, for rows of at most `capacity` tokens."""
+    return tuple(min(capacity, window + 1) for window in config.window_sizes)
+
+
+def empty_cache(config: GPTConfig, rows: int, capacity: int, dtype: Any) -> Cache:
+    shapes = [
+        (rows, config.n_kv_head, size, config.head_dim) for size in ring_sizes(config, capacity)
+    ]
+    keys, values = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
+    return Cache(keys, values, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int32))
+
+
+def can_rewind(config: GPTConfig, capacity: int, length: int, start: int) -> bool:
+    """Whether a row of `length` tokens can go on after its first `start`.
+
+    It can unless a ring has overwritten a position that the token at `start` still reaches.
+    """
+    reaches = zip(ring_sizes(config, capacity), config.window_sizes, strict=True)
+    return all(length <= size + max(0, start - window) for size, window in reaches)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attend(q_RTNH, k_RTKH, v_RTKH, keys_RKSH, values_RKSH, lengths_R, counts_R, window: int):
+    """Appends the first `counts_R` new keys and values of each row, and attends.
+
+    Returns (outputs (R, T, N, H), keys, values). New token i of a row stands at position
+    lengths_R + i and sees what its window reaches: kept positions, new ones before it, itself.
+    """
+    new = k_RTKH, v_RTKH, lengths_R, counts_R
+    if q_RTNH.shape[1] == 1:  # its window fits the ring, so it may be written before it is read
+        keys, values = _append(keys_RKSH, values_RKSH, *new)
+        return _attend_one(q_RTNH, keys, values, lengths_R), keys, values
+    out = _attend_chunk(q_RTNH, k_RTKH, v_RTKH, keys_RKSH, values_RKSH, lengths_R, window)
+    return out, *_append(keys_RKSH, values_RKSH, *new)
+
+
+def _append(keys_RKSH, values_RKSH, k_RTKH, v_RTKH, lengths_R, counts_R):
+    R, T = k_RTKH.shape[:2]
+    S = keys_RKSH.shape[2]
+    i_T = jnp.arange(T)
+    # Of more tokens than the ring has slots the last ones stay; slot S does not exist.
+    kept_RT = (i_T < counts_R[:, None]) & (i_T >= counts_R[:, None] - S)
+    slot_RT = jnp.where(kept_RT, (lengths_R[:, None] + i_T) % S, S)
+    at = (jnp.arange(R)[:, None], slice(None), slot_RT)
+    return keys_RKSH.at[at].set(k_RTKH, mode="drop"), values_RKSH.at[at].set(v_RTKH, mode="drop")
+
+
+def _attend_one(q_R1NH, keys_RKSH, values_RKSH, lengths_R):
+    """One new token a row, already in the ring."""
+    R, _, N, H = q_R1NH.shape
+    K, S = keys_RKSH.shape[1:3]
+    q_RKGH = q_R1NH.reshape(R, K, N // K, H)
+    scores_RKGS = _einsum32("rkgh,rksh->rkgs", q_RKGH, keys_RKSH) * H**-0.5
+    age_RS = (lengths_R[:, None] - jnp.arange(S)) % S  # distance to the token that a slot holds
+    seen_RS = age_RS <= lengths_R[:, None]
+    p = _softmax(jnp.where(seen_RS[:, None, None], scores_RKGS, -jnp.inf)).astype(q_R1NH.dtype)
+    return jnp.einsum("rkgs,rksh->rkgh", p, values_RKSH).reshape(q_R1NH.shape)
+
+
+def _attend_chunk(q_RTNH, k_RTKH, v_RTKH, keys_RKSH, values_RKSH, lengths_R, window: int):
+    """Several new tokens a row, not yet in the ring: scores against both under one softmax."""
+    R, T, N, H = q_RTNH.shape
+    K, S = keys_RKSH.shape[1:3]
+    q_RTKGH = q_RTNH.reshape(R, T, K, N // K, H)
+    old = _einsum32("rtkgh,rksh->rkgts", q_RTKGH, keys_RKSH)
+    new = _einsum32("rtkgh,rukh->rkgtu", q_RTKGH, k_RTKH)
+    i_T = jnp.arange(T)
+    last_R1 = lengths_R[:, None] - 1
+    age_RS = (last_R1 - jnp.arange(S)) % S  # distance of what a slot holds to the last kept token
+    distance_RTS = age_RS[:, None] + 1 + i_T[:, None]
+    sees_old = (age_RS <= last_R1)[:, None] & (distance_RTS <= window)
+    distance_TT = i_T[:, None] - i_T
+    sees_new = (distance_TT >= 0) & (distance_TT <= window)
+    masked = (jnp.where(sees_old[:, None, None], old, -jnp.inf), jnp.where(sees_new, new, -jnp.inf))
+    p = _softmax(jnp.concatenate(masked, axis=-1) * H**-0.5).astype(q_RTNH.dtype)
+    out = jnp.einsum("rkgts,rksh->rtkgh", p[..., :S], values_RKSH)
+    out += jnp.einsum("rkgtu,rukh->rtkgh", p[..., S:], v_RTKH)
+    return out.reshape(R, T, N, H)
+
+
+def _softmax(scores):
+    return jax.nn.softmax(scores, axis=-1)
+
+
+_einsum32 = partial(jnp.einsum, preferred_element_type=jnp.float32)

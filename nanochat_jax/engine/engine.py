@@ -1,0 +1,187 @@
+"""The engine: a fixed number of rows on the devices, and the compiled programs that move them.
+
+It knows token ids, not text, and not who wants them: scheduler.py decides what runs in which row.
+Rows are cut over the mesh's data axis; each device holds its own rows and a copy of the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanochat_jax.engine import decode as programs
+from nanochat_jax.engine.cache import can_rewind, empty_cache
+from nanochat_jax.engine.decode import Control, Drawn, Extend, Piece, Slots
+from nanochat_jax.gpt import GPT, Params
+from nanochat_jax.sharding import AXIS, make_mesh
+
+# Lengths that prompt chunks are padded to: one program each, whatever a prompt's length.
+BUCKETS = (16, 64, 256, 512)
+
+
+class Chunk(NamedTuple):
+    """Tokens to append to one row, after its first `start`."""
+
+    row: int
+    start: int
+    last: int  # the token before the chunk; anything for start = 0
+    tokens: Sequence[int]
+    whole: Sequence[int]  # all tokens of the row, these included
+
+
+class Engine:
+    """`slots` rows of at most `capacity` tokens.
+
+    `extend` and `empty` are the model with a cache (decode.py); `make_engine` gives them. Every
+    call is one compiled program on all devices.
+    """
+
+    def __init__(
+        self,
+        extend: Extend,
+        weights: Any,
+        empty: Callable[[int], Any],
+        *,
+        vocab_size: int,
+        capacity: int,
+        can_rewind: Callable[[int, int], bool],
+        slots: int = 8,
+        chunk: int = 16,
+        mesh: Mesh | None = None,
+    ):
+        mesh = mesh or make_mesh(1)
+        if slots < 1 or chunk < 1:
+            raise ValueError(f"an engine needs a slot and a token a chunk: {slots=}, {chunk=}")
+        self.vocab_size, self.capacity, self.chunk = vocab_size, capacity, chunk
+        self.n_devices = mesh.size
+        self.slots = -(-slots // mesh.size) * mesh.size
+        self.can_rewind = can_rewind
+        self.buckets = [b for b in BUCKETS if b <= capacity] or [BUCKETS[0]]
+        self._rows, whole = P(AXIS), P()
+        self._sharding = NamedSharding(mesh, self._rows)
+        self._weights = jax.device_put(weights, NamedSharding(mesh, whole))
+        compiled = partial(_compile, mesh)
+        self._prefill = compiled(
+            partial(programs.prefill, extend), (whole, self._rows, self._rows), self._rows, 1
+        )
+        self._decode = compiled(
+            partial(programs.decode, extend, chunk),
+            (whole, self._rows, self._rows, whole, whole),
+            (self._rows, self._rows),
+            1,
+        )
+        self._copy = compiled(
+            partial(programs.copy_row, axis=AXIS), (self._rows,) * 3, self._rows, 0
+        )
+        self._make = jax.jit(
+            lambda: programs.empty_slots(empty(self.slots), self.slots, vocab_size),
+            out_shardings=self._sharding,
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything in all rows."""
+        self._state: Slots = self._make()
+
+    def device_of(self, row: int) -> int:
+        return row // (self.slots // self.n_devices)
+
+    def bucket(self, remaining: int) -> int:
+        """Room for the next chunk of so many tokens: of at most half of it is padding."""
+        fitting = next((b for b in self.buckets if b >= remaining), self.buckets[-1])
+        smaller = [b for b in self.buckets if b < fitting and fitting > 2 * remaining]
+        return max(smaller, default=fitting)
+
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """Appends one chunk for each device at most; none longer than the largest bucket."""
+        n, per_device = self.n_devices, self.slots // self.n_devices
+        width = next(b for b in self.buckets if b >= max(len(c.tokens) for c in chunks))
+        rows, starts, lasts, counts = (np.zeros(n, np.int32) for _ in range(4))
+        rows[:] = per_device  # does not exist: nothing to do for that device
+        tokens, seen = np.zeros((n, width), np.int32), np.zeros((n, self.vocab_size), bool)
+        for c in chunks:
+            d = self.device_of(c.row)
+            rows[d], starts[d], lasts[d], counts[d] = c.row % per_device, c.start, c.last, 0
+            counts[d] = len(c.tokens)
+            tokens[d, : len(c.tokens)] = c.tokens
+            seen[d, np.asarray(c.whole)] = True
+        piece = Piece(rows, starts, lasts, tokens, counts, seen)
+        self._state = self._prefill(self._weights, self._state, self._put(piece))
+
+    def copy(self, source: int, target: int) -> None:
+        """Makes row `target` what row `source` is."""
+        per_device = self.slots // self.n_devices
+        ends = np.full((2, self.n_devices), per_device, np.int32)
+        for end, row in zip(ends, (source, target), strict=True):
+            end[self.device_of(row)] = row % per_device
+        self._state = self._copy(self._state, *self._put(tuple(ends)))
+
+    def decode(self, control: Control, limit: int, explain: bool = False) -> Drawn:
+        """Draws up to `limit` tokens for every running row; the results are NumPy arrays."""
+        args = self._put(control), np.int32(limit), np.bool_(explain)
+        self._state, drawn = self._decode(self._weights, self._state, *args)
+        return jax.device_get(drawn)
+
+    def logits(self) -> np.ndarray:
+        """Float32 (slots, vocabulary): what every row expects next."""
+        return np.asarray(self._state.logits_BV)
+
+    def compiled_programs(self) -> int:
+        """How many programs were compiled so far."""
+        return sum(f._cache_size() for f in (self._prefill, self._decode, self._copy))
+
+    def warm_up(self, progress: Callable[[str], object] = lambda _: None) -> None:
+        """Compiles all programs, so that no request waits for a compiler."""
+        for bucket in self.buckets:
+            progress(f"compiling for prompts of {bucket} tokens")
+            self.prefill([Chunk(0, 0, 0, [0] * bucket, [0])])
+        progress("compiling the decode loop")
+        control = Control.empty(self.slots)
+        control.running[0], control.left[0] = True, 1
+        self.decode(control, 1)
+        if self.slots > 1:
+            self.copy(0, 1)
+        self.reset()
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._sharding)
+
+
+def make_engine(
+    model: GPT,
+    params: Params,
+    *,
+    capacity: int | None = None,
+    slots: int = 8,
+    chunk: int = 16,
+    mesh: Mesh | None = None,
+) -> Engine:
+    """The engine of a model; `params` are whole (unpadded), on one device or the host.
+
+    `capacity` (default: the length the model was trained on) is the longest that a row may become,
+    prompt and answer together; `chunk` the number of tokens drawn between two looks of the host.
+    """
+    config, length = model.config, capacity or model.config.sequence_len
+    return Engine(
+        partial(programs.extend_cache, config, model.dtype),
+        jax.jit(partial(programs.decode_weights, model))(params),
+        lambda rows: empty_cache(config, rows, length, model.dtype),
+        vocab_size=config.vocab_size,
+        capacity=length,
+        can_rewind=partial(can_rewind, config, length),
+        slots=slots,
+        chunk=chunk,
+        mesh=mesh,
+    )
+
+
+def _compile(mesh: Mesh, function: Callable, specs_in: Any, specs_out: Any, donated: int):
+    """The per-device program over the mesh; the rows' state is updated in place."""
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=specs_in, out_specs=specs_out, check_vma=False
+    )
+    return jax.jit(mapped, donate_argnums=donated)
