@@ -184,4 +184,7 @@ def _compile(mesh: Mesh, function: Callable, specs_in: Any, specs_out: Any, dona
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=specs_in, out_specs=specs_out, check_vma=False
     )
-    return jax.jit(mapped, donate_argnums=donated)
+    # Named, since on one device the compiler would call the rows replicated: a new type of
+    # argument for the next call, and a second compilation.
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_out)
+    return jax.jit(mapped, donate_argnums=donated, out_shardings=placed)
