@@ -6,6 +6,7 @@ all devices compute together.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from math import lcm
 from typing import Any
@@ -20,8 +21,9 @@ from jax.sharding import Mesh
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.data.loader import merge_states, val_batches
 from nanochat_jax.data.shards import Shards
+from nanochat_jax.engine.engine import Engine
 from nanochat_jax.evals.bits_per_byte import evaluate
-from nanochat_jax.evals.samples import complete
+from nanochat_jax.evals.samples import SAMPLING, complete, completion_engine
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.loop import NonFiniteError, Progress
 from nanochat_jax.runtime import is_main_process
@@ -93,20 +95,21 @@ def make_sample(
 ) -> Callable[[Params], list[tuple[str, str]]]:
     """The function from a state's parameters to (prompt, completion) pairs; [] but on process 0."""
     gather = make_gather(model, mesh)
+    engines: list[Engine] = []  # made once: its programs are compiled once
 
     def run(params: Params) -> list[tuple[str, str]]:
         whole = gather(params)
         if not is_main_process():
             return []
         one_device = {name: array.addressable_data(0) for name, array in whole.items()}
-        texts = complete(
-            model,
-            one_device,
-            tokenizer,
-            prompts,
-            max_new_tokens=n_tokens,
-            key=jax.random.key(seed),
-        )
+        if engines:
+            engines[0].use(one_device)
+        else:
+            engines.append(completion_engine(model, one_device, tokenizer, prompts, n_tokens))
+        engine = engines[0]
+        sampling = replace(SAMPLING, seed=seed)
+        texts = complete(engine, tokenizer, prompts, max_new_tokens=n_tokens, sampling=sampling)
+        engine.release()  # its memory is the training's
         return list(zip(prompts, texts, strict=True))
 
     return run

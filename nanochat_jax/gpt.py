@@ -255,7 +255,7 @@ def transform(
 ):
     """The embedded stream (B, T, D) through all layers, normed.
 
-    `attend(layer, q_BTNH, k_BTKH, v_BTKH)` gives what layer number `layer` attends to, (B, T, N, H).
+    `attend(layer, q_BTNH, k_BTKH, v_BTKH)` is the attention of layer number `layer`, (B, T, N, H).
     """
     x = x0 = x_mid = x_BTD
     for i, layer in enumerate(layers):

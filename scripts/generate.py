@@ -10,11 +10,10 @@ Each sample ends where the model begins another document, or after --max-tokens.
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.config import parse
-from nanochat_jax.evals.samples import complete
+from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.evals.samples import complete, completion_engine
 from nanochat_jax.runs import run_folder
 from nanochat_jax.runtime import run_script, say, start
 
@@ -45,19 +44,13 @@ def main() -> None:
     config = parse(GenerateConfig, description=__doc__)
     if config.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, not {config.num_samples}")
+    sampling = Sampling(config.temperature, config.top_k, seed=config.seed)
     prompt = read_prompt(config.prompt)
     start()
     loaded = load_model(run_folder(config.run), config.step)
-    texts = complete(
-        loaded.model,
-        loaded.params,
-        loaded.tokenizer,
-        [prompt] * config.num_samples,
-        max_new_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k or None,
-        key=jax.random.key(config.seed),
-    )
+    prompts, tokenizer, new = [prompt] * config.num_samples, loaded.tokenizer, config.max_tokens
+    engine = completion_engine(loaded.model, loaded.params, tokenizer, prompts, new)
+    texts = complete(engine, tokenizer, prompts, max_new_tokens=new, sampling=sampling)
     for number, text in enumerate(texts):
         if config.num_samples > 1:
             say(f"--- sample {number + 1}")

@@ -29,9 +29,14 @@ class Cache:
     last_R: jax.Array
 
 
+def windows(config: GPTConfig) -> tuple[int, ...]:
+    """How far each layer looks back: what it was trained with, in rows longer than those too."""
+    return tuple(min(window, config.sequence_len) for window in config.window_sizes)
+
+
 def ring_sizes(config: GPTConfig, capacity: int) -> tuple[int, ...]:
     """Positions that each layer keeps, for rows of at most `capacity` tokens."""
-    return tuple(min(capacity, window + 1) for window in config.window_sizes)
+    return tuple(min(capacity, window + 1) for window in windows(config))
 
 
 def empty_cache(config: GPTConfig, rows: int, capacity: int, dtype: Any) -> Cache:
@@ -47,7 +52,7 @@ def can_rewind(config: GPTConfig, capacity: int, length: int, start: int) -> boo
 
     It can unless a ring has overwritten a position that the token at `start` still reaches.
     """
-    reaches = zip(ring_sizes(config, capacity), config.window_sizes, strict=True)
+    reaches = zip(ring_sizes(config, capacity), windows(config), strict=True)
     return all(length <= size + max(0, start - window) for size, window in reaches)
 
 
@@ -62,10 +67,22 @@ def attend(q_RTNH, k_RTKH, v_RTKH, keys_RKSH, values_RKSH, lengths_R, counts_R, 
     """
     new = k_RTKH, v_RTKH, lengths_R, counts_R
     if q_RTNH.shape[1] == 1:  # its window fits the ring, so it may be written before it is read
-        keys, values = _append(keys_RKSH, values_RKSH, *new)
+        put = partial(_append_one, lengths_R=lengths_R, counts_R=counts_R)
+        keys, values = put(keys_RKSH, k_RTKH[:, 0]), put(values_RKSH, v_RTKH[:, 0])
+        # Else XLA may compute the update again in each kernel that reads it, and copy for that.
+        keys, values = jax.lax.optimization_barrier((keys, values))
         return _attend_one(q_RTNH, keys, values, lengths_R), keys, values
     out = _attend_chunk(q_RTNH, k_RTKH, v_RTKH, keys_RKSH, values_RKSH, lengths_R, window)
     return out, *_append(keys_RKSH, values_RKSH, *new)
+
+
+def _append_one(ring_RKSH, new_RKH, *, lengths_R, counts_R):
+    """Always writes, in a row without a new token what was there: a write that may be left out
+    makes XLA copy the whole ring."""
+    at = (jnp.arange(len(lengths_R)), slice(None), lengths_R % ring_RKSH.shape[2])
+    old_RKH = ring_RKSH.at[at].get(mode="promise_in_bounds")
+    kept_RKH = jnp.where(counts_R[:, None, None] > 0, new_RKH, old_RKH)
+    return ring_RKSH.at[at].set(kept_RKH, mode="promise_in_bounds", unique_indices=True)
 
 
 def _append(keys_RKSH, values_RKSH, k_RTKH, v_RTKH, lengths_R, counts_R):

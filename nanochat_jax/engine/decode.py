@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from nanochat_jax.engine.cache import Cache, attend
+from nanochat_jax.engine.cache import Cache, attend, windows
 from nanochat_jax.engine.sampling import Choices, draw
 from nanochat_jax.gpt import (
     GPT,
@@ -68,7 +68,7 @@ def extend_cache(config: GPTConfig, dtype: Any, weights, cache: Cache, tokens_RT
 
     def attend_layer(layer, q, k, v):
         ring = cache.keys[layer], cache.values[layer]
-        window = config.window_sizes[layer]
+        window = windows(config)[layer]
         out, new_keys, new_values = attend(q, k, v, *ring, cache.lengths_R, counts_R, window)
         keys.append(new_keys)
         values.append(new_values)

@@ -36,14 +36,14 @@ class Chunk(NamedTuple):
 class Engine:
     """`slots` rows of at most `capacity` tokens.
 
-    `extend` and `empty` are the model with a cache (decode.py); `make_engine` gives them. Every
-    call is one compiled program on all devices.
+    `extend`, `prepare` (parameters to weights) and `empty` (an empty cache) are the model with a
+    cache (decode.py); `make_engine` gives them. Every call is one compiled program on all devices.
     """
 
     def __init__(
         self,
         extend: Extend,
-        weights: Any,
+        prepare: Callable[[Any], Any],
         empty: Callable[[int], Any],
         *,
         vocab_size: int,
@@ -63,7 +63,7 @@ class Engine:
         self.buckets = [b for b in BUCKETS if b <= capacity] or [BUCKETS[0]]
         self._rows, whole = P(AXIS), P()
         self._sharding = NamedSharding(mesh, self._rows)
-        self._weights = jax.device_put(weights, NamedSharding(mesh, whole))
+        self._prepare = jax.jit(prepare, out_shardings=NamedSharding(mesh, whole))
         compiled = partial(_compile, mesh)
         self._prefill = compiled(
             partial(programs.prefill, extend), (whole, self._rows, self._rows), self._rows, 1
@@ -81,11 +81,21 @@ class Engine:
             lambda: programs.empty_slots(empty(self.slots), self.slots, vocab_size),
             out_shardings=self._sharding,
         )
+        self._weights: Any = None
+        self._state: Slots | None = None
+
+    def use(self, params: Any) -> None:
+        """Takes parameters (whole, on one device or the host) and begins with empty rows."""
+        self._weights = self._prepare(params)
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything in all rows."""
-        self._state: Slots = self._make()
+        self._state = self._make()
+
+    def release(self) -> None:
+        """Frees the devices' memory until the next `use`; the compiled programs stay."""
+        self._weights = self._state = None
 
     def device_of(self, row: int) -> int:
         return row // (self.slots // self.n_devices)
@@ -128,6 +138,7 @@ class Engine:
 
     def logits(self) -> np.ndarray:
         """Float32 (slots, vocabulary): what every row expects next."""
+        assert self._state is not None
         return np.asarray(self._state.logits_BV)
 
     def compiled_programs(self) -> int:
@@ -160,15 +171,15 @@ def make_engine(
     chunk: int = 16,
     mesh: Mesh | None = None,
 ) -> Engine:
-    """The engine of a model; `params` are whole (unpadded), on one device or the host.
+    """The engine of a model, with its parameters: whole (unpadded), on one device or the host.
 
     `capacity` (default: the length the model was trained on) is the longest that a row may become,
     prompt and answer together; `chunk` the number of tokens drawn between two looks of the host.
     """
     config, length = model.config, capacity or model.config.sequence_len
-    return Engine(
+    engine = Engine(
         partial(programs.extend_cache, config, model.dtype),
-        jax.jit(partial(programs.decode_weights, model))(params),
+        partial(programs.decode_weights, model),
         lambda rows: empty_cache(config, rows, length, model.dtype),
         vocab_size=config.vocab_size,
         capacity=length,
@@ -177,6 +188,8 @@ def make_engine(
         chunk=chunk,
         mesh=mesh,
     )
+    engine.use(params)
+    return engine
 
 
 def _compile(mesh: Mesh, function: Callable, specs_in: Any, specs_out: Any, donated: int):

@@ -384,10 +384,12 @@ def scripted_engine(scripts, prompt_length: int, vocab_size: int, slots: int) ->
         zeros = jnp.zeros(rows, jnp.int32)
         return Script(zeros, zeros, jnp.arange(rows, dtype=jnp.int32) % len(scripts))
 
-    return Engine(
-        extend, jnp.asarray(table), empty, vocab_size=vocab_size, capacity=10**4,
+    engine = Engine(
+        extend, jnp.asarray, empty, vocab_size=vocab_size, capacity=10**4,
         can_rewind=lambda length, start: False, slots=slots, chunk=5,
     )  # fmt: skip
+    engine.use(table)
+    return engine
 
 
 def golden_tokenizer(golden, name):
