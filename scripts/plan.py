@@ -3,6 +3,7 @@
     python scripts/plan.py --depth 24 --gpus 8 --target h200 --usd-per-gpu-hour 3   # compiles
     python scripts/plan.py --config d20_2025 --gpus 8 --target h100
     python scripts/plan.py --config cpu --no-compile                                # arithmetic
+    python scripts/plan.py --depth 24 --target h200 --engine-slots 32               # inference too
 
 All flags of pretrain.py mean the same here. With a compiler (the CUDA wheels, extra cuda13; no GPU)
 the step of pretrain.py is compiled for GPUs that need not be there, and the program is read: its
@@ -11,7 +12,9 @@ FLOPs and array sizes alone.
 
 The last line is one JSON object. In it attention_calls, bf16_gemms and fp8_gemms are of one
 micro-batch; kernels, optimizer_gemms and collectives are of a whole step, as the compiler combined
-them; ms is the step by what takes it, "exposed" being what no work hides of the collectives.
+them; ms is the step by what takes it, "exposed" being what no work hides of the collectives. With
+--engine-slots the keys engine_*, decode_* and prefill_* follow: of one GPU, of one token for every
+row, of one chunk of a prompt.
 """
 
 import json
@@ -25,6 +28,7 @@ from rich.table import Table
 from nanochat_jax import config as configuration
 from nanochat_jax import planning
 from nanochat_jax.devices import find_device
+from nanochat_jax.planning_inference import compile_engine
 from nanochat_jax.pretraining import decide
 from nanochat_jax.runtime import run_script
 from nanochat_jax.scaling import Plan
@@ -58,6 +62,8 @@ class PretrainConfig(configuration.PretrainConfig):
     """Compile the step and read the program; else arithmetic alone."""
     max_batch_search: bool = False
     """Check the largest batch by compiling it too (up to three more compiles)."""
+    engine_slots: int = 0
+    """Also compile the engine that generates, with so many rows on one GPU; 0: not."""
     usd_per_gpu_hour: float = 3.0
     """Price of one GPU."""
 
@@ -76,6 +82,8 @@ def main() -> None:
         cost, program = compiled.cost(), read_program(config, compiled)
     else:
         cost, program = planning.estimate(plan, target), {}
+    if program and config.engine_slots:
+        program |= compile_engine(plan.config, target, config.engine_slots).summary()
     summary = summarise(config, plan, cost, target) | program
     show(plan, summary, cost)
     print(json.dumps(summary))
@@ -173,6 +181,8 @@ def rows(plan: Plan, s: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if s["compiled"]:
         shown += program_rows(s)
+    if "engine_slots" in s:
+        shown += engine_rows(s)
     return shown
 
 
@@ -187,6 +197,17 @@ def program_rows(s: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("collectives", f"{s['reduce_scatters']} reduce-scatters", gathers),
         ("compile", f"{s['compile_s']} s", f"and {s['lower_s']} s to trace"),
         ("a step's ms", "", where),
+    ]
+
+
+def engine_rows(s: dict[str, Any]) -> list[tuple[str, str, str]]:
+    token = f"{s['decode_kernels']} kernels, {s['decode_gb_per_token']} GB"
+    chunk = f"a chunk of {s['prefill_tokens']} tokens, {s['prefill_kernels']} kernels"
+    return [
+        ("engine memory", f"{s['engine_peak_gib']} GiB", f"{s['engine_slots']} rows on one GPU"),
+        ("decode", f"{s['decode_ms_per_token']} ms", f"a token for every row: {token}"),
+        ("", f"{s['decode_tokens_per_s']:,} tokens/s", "of all rows"),
+        ("prompt", f"{s['prefill_ms']} ms", chunk),
     ]
 
 

@@ -53,9 +53,9 @@ def decode_weights(model: GPT, params: Params) -> dict[str, Any]:
     A slice of a stack inside the loop would be copied for every token.
     """
     cast = {n: p.astype(model.dtype) if n in SHARD_DIM else p for n, p in params.items()}
-    stacks = ("qo", "kv", "fc", "proj", "value_embeds", "ve_gate")
-    rest = {name: array for name, array in cast.items() if name not in stacks}
-    return rest | {"layers": unstack_layers(model.config, cast)}
+    whole = {n: cast[n] for n in ("wte", "lm_head", "smear_gate", "smear_lambda") if n in cast}
+    scalars = residual_scalars(model.config, cast)
+    return whole | {"layers": unstack_layers(model.config, cast), "scalars": scalars}
 
 
 def extend_cache(config: GPTConfig, dtype: Any, weights, cache: Cache, tokens_RT, counts_R):
@@ -79,7 +79,7 @@ def extend_cache(config: GPTConfig, dtype: Any, weights, cache: Cache, tokens_RT
     positions_RT = cache.lengths_R[:, None] + jnp.arange(tokens_RT.shape[1])
     rope = rotary(positions_RT, config.head_dim, config.rope_base)
     layers = look_up(weights["layers"], tokens_RT, dtype)
-    x = transform(config, layers, residual_scalars(config, weights), x, rope, attend_layer)
+    x = transform(config, layers, weights["scalars"], x, rope, attend_layer)
     with jax.named_scope("head"):
         end_R = jnp.maximum(counts_R - 1, 0)
         x_RD = jnp.take_along_axis(x, end_R[:, None, None], axis=1)[:, 0]

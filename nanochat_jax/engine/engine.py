@@ -61,22 +61,18 @@ class Engine:
         self.slots = -(-slots // mesh.size) * mesh.size
         self.can_rewind = can_rewind
         self.buckets = [b for b in BUCKETS if b <= capacity] or [BUCKETS[0]]
-        self._rows, whole = P(AXIS), P()
-        self._sharding = NamedSharding(mesh, self._rows)
-        self._prepare = jax.jit(prepare, out_shardings=NamedSharding(mesh, whole))
+        rows, whole = P(AXIS), P()
+        self._sharding, self._whole = NamedSharding(mesh, rows), NamedSharding(mesh, whole)
+        self._prepare = jax.jit(prepare, out_shardings=self._whole)
         compiled = partial(_compile, mesh)
-        self._prefill = compiled(
-            partial(programs.prefill, extend), (whole, self._rows, self._rows), self._rows, 1
-        )
+        self._prefill = compiled(partial(programs.prefill, extend), (whole, rows, rows), rows, 1)
         self._decode = compiled(
             partial(programs.decode, extend, chunk),
-            (whole, self._rows, self._rows, whole, whole),
-            (self._rows, self._rows),
+            (whole, rows, rows, whole, whole),
+            (rows, rows),
             1,
         )
-        self._copy = compiled(
-            partial(programs.copy_row, axis=AXIS), (self._rows,) * 3, self._rows, 0
-        )
+        self._copy = compiled(partial(programs.copy_row, axis=AXIS), (rows,) * 3, rows, 0)
         self._make = jax.jit(
             lambda: programs.empty_slots(empty(self.slots), self.slots, vocab_size),
             out_shardings=self._sharding,
@@ -158,26 +154,51 @@ class Engine:
             self.copy(0, 1)
         self.reset()
 
+    def lowered(self, params: Any) -> dict[str, Any]:
+        """The traced "decode" program and that for prompt chunks of the largest size ("prefill"),
+        to be compiled for devices that need not exist. Of `params` the shapes will do.
+        """
+        n, width = self.n_devices, self.buckets[-1]
+        weights = _shapes(jax.eval_shape(self._prepare, params), self._whole)
+        state = _shapes(jax.eval_shape(self._make), self._sharding)
+        control = _shapes(Control.empty(self.slots), self._sharding)
+        ints, scalars = np.zeros(n, np.int32), (np.int32(1), np.bool_(False))
+        tokens, seen = np.zeros((n, width), np.int32), np.zeros((n, self.vocab_size), bool)
+        piece = _shapes(Piece(ints, ints, ints, tokens, ints, seen), self._sharding)
+        return {
+            "decode": self._decode.lower(weights, state, control, *scalars),
+            "prefill": self._prefill.lower(weights, state, piece),
+        }
+
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._sharding)
 
 
-def make_engine(
+def make_engine(model: GPT, params: Params, **how: Any) -> Engine:
+    """The engine of a model, with its parameters: whole (unpadded), on one device or the host.
+
+    `how`: see `engine_of`.
+    """
+    engine = engine_of(model, **how)
+    engine.use(params)
+    return engine
+
+
+def engine_of(
     model: GPT,
-    params: Params,
     *,
     capacity: int | None = None,
     slots: int = 8,
     chunk: int = 16,
     mesh: Mesh | None = None,
 ) -> Engine:
-    """The engine of a model, with its parameters: whole (unpadded), on one device or the host.
+    """The engine of a model, without parameters yet.
 
     `capacity` (default: the length the model was trained on) is the longest that a row may become,
     prompt and answer together; `chunk` the number of tokens drawn between two looks of the host.
     """
     config, length = model.config, capacity or model.config.sequence_len
-    engine = Engine(
+    return Engine(
         partial(programs.extend_cache, config, model.dtype),
         partial(programs.decode_weights, model),
         lambda rows: empty_cache(config, rows, length, model.dtype),
@@ -188,8 +209,12 @@ def make_engine(
         chunk=chunk,
         mesh=mesh,
     )
-    engine.use(params)
-    return engine
+
+
+def _shapes(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
 
 
 def _compile(mesh: Mesh, function: Callable, specs_in: Any, specs_out: Any, donated: int):
