@@ -17,7 +17,7 @@ from nanochat_jax.engine import decode as programs
 from nanochat_jax.engine.cache import can_rewind, empty_cache
 from nanochat_jax.engine.decode import Control, Drawn, Extend, Piece, Slots
 from nanochat_jax.gpt import GPT, Params
-from nanochat_jax.sharding import AXIS, make_mesh
+from nanochat_jax.sharding import AXIS, make_mesh, parameter_name
 
 # Lengths that prompt chunks are padded to: one program each, whatever a prompt's length.
 BUCKETS = (16, 64, 256, 512)
@@ -136,6 +136,17 @@ class Engine:
         """Float32 (slots, vocabulary): what every row expects next."""
         assert self._state is not None
         return np.asarray(self._state.logits_BV)
+
+    def bytes_per_token(self) -> int:
+        """What a device must read for one token of all its rows: weights and cache, once each.
+
+        Of the embeddings only the rows looked up are read, which are left out.
+        """
+        assert self._state is not None
+        leaves = jax.tree_util.tree_flatten_with_path(self._weights)[0]
+        tables = ("wte", "table")
+        weights = sum(w.nbytes for path, w in leaves if parameter_name(path) not in tables)
+        return weights + sum(x.nbytes for x in jax.tree.leaves(self._state.cache)) // self.n_devices
 
     def compiled_programs(self) -> int:
         """How many programs were compiled so far."""
