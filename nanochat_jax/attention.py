@@ -73,8 +73,8 @@ def _blocked_backward(window, saved, dout):
         dp = _einsum32("bkgth,bksh->bkgts", dout_b, v[:, :, keys])
         ds = (p * (dp - delta[:, :, :, queries, None]) * scale).astype(q.dtype)
         dqs.append(jnp.einsum("bkgts,bksh->bkgth", ds, k_b))
-        dk = dk.at[:, :, keys].add(_einsum32("bkgts,bkgth->bksh", ds, q_b))
-        dv = dv.at[:, :, keys].add(_einsum32("bkgts,bkgth->bksh", p.astype(v.dtype), dout_b))
+        dk = _add_at(dk, keys, _einsum32("bkgts,bkgth->bksh", ds, q_b))
+        dv = _add_at(dv, keys, _einsum32("bkgts,bkgth->bksh", p.astype(v.dtype), dout_b))
     return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -94,6 +94,14 @@ def _scores(q_BKGtH, k_BKsH, queries: slice, keys: slice, window: int):
     scores = _einsum32("bkgth,bksh->bkgts", q_BKGtH, k_BKsH) * q_BKGtH.shape[-1] ** -0.5
     distance = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)
     return jnp.where((distance >= 0) & (distance <= window), scores, -jnp.inf)
+
+
+def _add_at(total_BKTH, keys: slice, part_BKsH):
+    """total.at[:, :, keys].add(part), where all the keys are no index: the empty one that `at`
+    makes of them crashes the compiler of JAX 0.11.2 in a program for several devices."""
+    if part_BKsH.shape == total_BKTH.shape:
+        return total_BKTH + part_BKsH
+    return total_BKTH.at[:, :, keys].add(part_BKsH)
 
 
 _einsum32 = partial(jnp.einsum, preferred_element_type=jnp.float32)

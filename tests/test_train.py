@@ -11,6 +11,7 @@ from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import OptimConfig, make_optimizer
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.train import (
+    abstract_state,
     init_state,
     make_eval_step,
     make_train_step,
@@ -71,6 +72,14 @@ def test_devices_and_micro_batches_change_nothing(recipe, n_devices, accumulatio
         assert ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         assert ours["supervised_tokens"] == 16 * 32
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, expected_state)
+
+
+def test_the_step_has_no_empty_arrays():
+    """Indices along whole axes are such; JAX 0.11.2 crashes compiling them for several devices."""
+    model, optimizer, mesh = build("2026", 2)
+    step = make_train_step(model, optimizer, mesh)
+    batch = put_batch(ROWS[0], 2, mesh)
+    assert "tensor<0x" not in step.lower(abstract_state(model, optimizer, mesh), batch).as_text()
 
 
 def test_a_state_moves_to_another_number_of_devices(reference):
