@@ -1,0 +1,191 @@
+"""Between text and tokens: what a model is asked with, and how its tokens become text again.
+
+The server and the terminal share this. A model that has only been pretrained ("base") goes on with
+a text; one that was trained on conversations ("chat") answers the last message.
+"""
+
+import codecs
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+from nanochat_jax.engine.requests import Token
+from nanochat_jax.tokenizer import Tokenizer
+
+type Stage = Literal["base", "chat"]
+
+# What a special token begins or ends: the type of the text that follows it.
+PART_AFTER = {
+    "<|python_start|>": "python",
+    "<|python_end|>": "text",
+    "<|output_start|>": "python_output",
+    "<|output_end|>": "text",
+}
+
+
+def stage_of(meta: Mapping[str, Any]) -> Stage:
+    """Which of the two a checkpoint is, by the stage that made it."""
+    return "base" if meta.get("stage", "pretrain") == "pretrain" else "chat"
+
+
+# --- what the model is asked with -----------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """Token ids, and how many of the oldest messages found no room."""
+
+    ids: list[int]
+    dropped: int
+
+
+class TooLong(ValueError):
+    """The last message alone does not fit."""
+
+
+def chat_prompt(
+    tokenizer: Tokenizer, stage: Stage, messages: Sequence[Mapping[str, Any]], room: int
+) -> Prompt:
+    """The prompt of at most `room` tokens that asks for an answer to the last message.
+
+    `messages` are as in Tokenizer.render_conversation. Where they are too long the oldest turns
+    are left out. In a chat, TooLong when the last message has no room even alone, and ValueError
+    for messages that are no conversation.
+    """
+    make = _chat_ids if stage == "chat" else _document_ids
+    return make(tokenizer, messages, room)
+
+
+def _chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], room: int) -> Prompt:
+    system = [m["content"] for m in messages[:1] if m["role"] == "system"]
+    question = plain_text(messages[-1]["content"]) if messages else ""
+    length = len(tokenizer.encode("\n\n".join([*system, question]))) + 4
+    if length > room:
+        raise TooLong(
+            f"the last message is too long: with what must stand around it, it is {length} tokens, "
+            f"and this model has room for {room} beside its answer"
+        )
+    ids = tokenizer.render_prompt({"messages": list(messages)}, room)
+    starts = {tokenizer.special_id(f"<|{role}_start|>") for role in ("user", "assistant")}
+    kept = sum(i in starts for i in ids) - 1  # the last one asks for the answer
+    return Prompt(ids, len(messages) - len(system) - kept)
+
+
+def _document_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], room: int) -> Prompt:
+    """All texts as one document, of which the end is kept, also of a single message.
+
+    What the assistant wrote goes on with what stood before it; every other message is a paragraph.
+    """
+    texts = [plain_text(message["content"]) for message in messages]
+    for index, message in enumerate(messages):
+        if index and message["role"] != "assistant":
+            texts[index] = "\n\n" + texts[index]
+    ids = tokenizer.encode("".join(texts))
+    cut = max(len(ids) - (room - 1), 0)
+    ends = accumulate(len(text.encode(errors="replace")) for text in texts)
+    missing = len(tokenizer.decode_bytes(ids[:cut]))  # bytes
+    begins = [0, *ends][: len(texts) - 1]  # of all but the last
+    return Prompt([tokenizer.bos_id, *ids[cut:]], sum(begin < missing for begin in begins))
+
+
+def plain_text(content: str | Sequence[Mapping[str, str]]) -> str:
+    """The text of a message without its tool calls."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def stop_ids(tokenizer: Tokenizer, stage: Stage) -> tuple[int, ...]:
+    """The tokens that end an answer."""
+    names = ("<|assistant_end|>", "<|bos|>") if stage == "chat" else ("<|bos|>",)
+    return tuple(tokenizer.special_id(name) for name in names)
+
+
+# --- what the model says --------------------------------------------------------------------------
+
+
+class Said(NamedTuple):
+    """A token of an answer, and how many characters of the answer stood before it."""
+
+    token: Token
+    offset: int
+
+
+class Piece(NamedTuple):
+    """Some text of one part of an answer, and the tokens that it came from."""
+
+    type: str
+    text: str
+    tokens: tuple[Said, ...]
+
+
+class AnswerReader:
+    """Turns the tokens of one sample into pieces of text, as soon as they are certain.
+
+    Never cuts a character: bytes that do not make one yet wait, and become U+FFFD if they never do.
+    Text is cut before the first of the strings in `stop`, wherever the borders of the tokens are;
+    what could begin one waits. After that `stopped` is true and tokens are ignored.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._parts = {tokenizer.special_id(name): part for name, part in PART_AFTER.items()}
+        self._first_special = len(tokenizer.ranks)
+        self._stop = tuple(stop)
+        self._type = "text"
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._waiting = ""  # decoded, not yet given out
+        self._tokens: list[Said] = []  # likewise
+        self._given = 0  # characters that were
+        self.stopped = False
+
+    def add(self, token: Token) -> list[Piece]:
+        """What can be shown now that the sample has one more token."""
+        if self.stopped:
+            return []
+        self._tokens.append(Said(token, self._given + len(self._waiting)))
+        if token.id < self._first_special:
+            self._waiting += self._decoder.decode(self._tokenizer.ranks[token.id])
+            return self._certain()
+        if token.id not in self._parts:
+            return []
+        pieces = self.finish()
+        self._type = self._parts[token.id]
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """The rest, when the sample has ended."""
+        if self.stopped:
+            return []
+        self._waiting += self._decoder.decode(b"", final=True)  # which also resets it
+        pieces = self._certain()
+        if not self.stopped and (self._waiting or self._tokens):
+            pieces.append(self._give(len(self._waiting), everything=True))
+        return pieces
+
+    def _certain(self) -> list[Piece]:
+        if self._type == "text" and self._stop:
+            found = [at for at in map(self._waiting.find, self._stop) if at >= 0]
+            if found:
+                self.stopped = True
+                return self._pieces(min(found))
+            return self._pieces(len(self._waiting) - self._could_begin_stop())
+        return self._pieces(len(self._waiting))
+
+    def _could_begin_stop(self) -> int:
+        """Length of the longest end of the text that is the beginning of a stop string."""
+        longest = max(map(len, self._stop)) - 1
+        for length in range(min(longest, len(self._waiting)), 0, -1):
+            if any(stop.startswith(self._waiting[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _pieces(self, length: int) -> list[Piece]:
+        return [self._give(length)] if length else []
+
+    def _give(self, length: int, everything: bool = False) -> Piece:
+        """The first `length` characters that wait, and the tokens that begin within them."""
+        text, self._waiting = self._waiting[:length], self._waiting[length:]
+        self._given += length
+        tokens = tuple(s for s in self._tokens if everything or s.offset < self._given)
+        self._tokens = self._tokens[len(tokens) :]
+        return Piece(self._type, text, tokens)

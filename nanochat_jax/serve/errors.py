@@ -1,0 +1,134 @@
+"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}: no stack traces."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from nanochat_jax.serve.schema import UNION_MEMBER, Unsupported
+
+# The names that clients know, by status; the rest are the request's fault or ours.
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, and with which parameter."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not 2xx."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """What a client is told; `param` names the parameter at fault, as in messages[0].content."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        detail = ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code)
+        return ErrorBody(error=detail).model_dump()
+
+    def response(self) -> Response:
+        # ASCII: a message may quote text that is not valid Unicode.
+        content = json.dumps(self.body())
+        return Response(content, self.status, self.headers, "application/json")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, code: str, retry_after: int) -> ApiError:
+    return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
+
+
+GONE = 499  # nginx's number for a client that did not wait; nobody gets to see it
+INTERNAL = ApiError(500, "something went wrong in the server; its log says what", code="internal")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """What a route or the framework refuses leaves in the same shape (observe.py has the rest)."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return describe(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        message = _PLAIN.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+_PLAIN = {
+    400: "the body cannot be read as JSON",
+    404: "there is nothing at this address; the API is below /v1",
+    405: "this address does not take that method",
+}
+
+
+def describe(errors: Sequence[Any]) -> ApiError:
+    """The first of pydantic's findings as one sentence about one parameter."""
+    first = errors[0]
+    where = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    cause = first.get("ctx", {}).get("error")
+    if first["type"] == "json_invalid":
+        return bad_request(f"the body is not valid JSON: {cause}")
+    if isinstance(cause, Unsupported):
+        return bad_request(str(cause), cause.name, "unsupported_parameter")
+    if not where:
+        return bad_request(
+            "the body must be a JSON object, sent with the header Content-Type: application/json"
+        )
+    param = _path(where)
+    return bad_request(f"{param}: {_problem(first)}", param)
+
+
+def _problem(finding: Any) -> str:
+    """What pydantic found, in the words of the rest of our messages."""
+    match finding["type"]:
+        case "missing":
+            return "is required"
+        case "too_short" | "string_too_short":
+            return f"must not be shorter than {finding['ctx']['min_length']}"
+        case "too_long" | "string_too_long":
+            return f"must not be longer than {finding['ctx']['max_length']}"
+    return finding["msg"].replace("Input should be", "must be")
+
+
+def _path(where: Sequence[Any]) -> str:
+    """messages[0].content, without the names that pydantic gives to the members of a union."""
+    path = ""
+    for part in where:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith(UNION_MEMBER):
+            path += f".{part}" if path else part
+    return path

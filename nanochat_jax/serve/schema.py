@@ -1,0 +1,181 @@
+"""The requests of the API as pydantic models: types, ranges, and what is not supported.
+
+Types are strict ("1" is no number), NaN and infinities are refused, and fields that we do not know
+are ignored, as OpenAI's own servers do. A parameter of OpenAI's that would change the answer but
+is not implemented is an error that names it. limits.py checks what the operator can set.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+INT64 = 1 << 63
+UNION_MEMBER = "as "  # begins the names of the members of unions, which no user need see
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _tags(**kinds: type | tuple[type, ...]) -> Discriminator:
+    """Chooses the member of a union by the type of what came, so that an error speaks of it."""
+
+    def choose(value: Any) -> str | None:
+        is_a = (name for name, kind in kinds.items() if isinstance(value, kind))
+        return next((f"as {name}" for name in is_a), None)
+
+    return Discriminator(
+        choose,
+        custom_error_type="wrong_type",
+        custom_error_message=f"Input should be {' or '.join(kinds).replace('_', ' ')}",
+    )
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Part(Model):
+    """A piece of a message; what is not text only occurs in the assistant's."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class Message(Model):
+    """One message of a conversation; `developer` is another name for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("as a_string")] | Annotated[list[Part], Tag("as a_list_of_parts")],
+        _tags(a_string=str, a_list_of_parts=list),
+    ]
+
+
+class StreamOptions(Model):
+    """`include_usage`: a last chunk tells the number of tokens."""
+
+    include_usage: bool | None = None
+
+
+Stop = Annotated[
+    Annotated[str, Field(min_length=1, max_length=200), Tag("as a_string")]
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        Field(max_length=4),
+        Tag("as a_list_of_at_most_4_strings"),
+    ],
+    _tags(a_string=str, a_list_of_at_most_4_strings=list),
+]
+
+
+class Generate(Model):
+    """What both endpoints take."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    stop: Stop | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unsupported(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name, is_harmless in UNSUPPORTED.items():
+                if value.get(name) is not None and not is_harmless(value[name]):
+                    raise Unsupported(name)
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end the text."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Generate):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+
+
+def _prompt_kind(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "as a string" if isinstance(value, str) else None
+    of = type(value[0]) if value else str
+    return {str: "as strings", int: "as ids", list: "as lists of ids"}.get(of)
+
+
+class CompletionRequest(Generate):
+    """POST /v1/completions: goes on with a text, or with token ids."""
+
+    prompt: Annotated[
+        Annotated[str, Tag("as a string")]
+        | Annotated[list[str], Field(min_length=1), Tag("as strings")]
+        | Annotated[TokenIds, Tag("as ids")]
+        | Annotated[list[TokenIds], Tag("as lists of ids")],
+        Discriminator(
+            _prompt_kind,
+            custom_error_type="wrong_type",
+            custom_error_message="Input should be a string, a list of strings, or token ids",
+        ),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompt or prompts as a list."""
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast("list[str | list[int]]", [self.prompt] if is_one else self.prompt)
+
+
+# --- what is not supported ------------------------------------------------------------------------
+
+
+class Unsupported(ValueError):
+    """A parameter that would change the answer and that nobody implements here."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not supported by this server; leave it out")
+        self.name = name
+
+
+def _equals(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+# Parameters of OpenAI's that are errors, and which of their values ask for nothing.
+UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    "logit_bias": _equals({}),
+    "presence_penalty": _equals(0),
+    "frequency_penalty": _equals(0),
+    "tools": _equals([]),
+    "tool_choice": _equals("none", "auto"),
+    "functions": _equals([]),
+    "function_call": _equals("none", "auto"),
+    "response_format": _equals({"type": "text"}),
+    "modalities": _equals([], ["text"]),
+    "audio": _equals(),
+    "prediction": _equals(),
+    "web_search_options": _equals(),
+    "moderation": _equals(),
+    "echo": _equals(False),
+    "suffix": _equals(""),
+    "best_of": _equals(1),
+}

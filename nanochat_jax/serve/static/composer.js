@@ -1,0 +1,69 @@
+/** The field where a message is written, and the buttons that send it or stop the answer. */
+
+import { byId } from "./dom.js";
+import { readItem, writeItem } from "./storage.js";
+import { isSendKey } from "./transcript.js";
+
+const DRAFT = "nanochat:draft";
+
+export class Composer {
+  #area = byId("message");
+  #send = byId("send");
+  #stop = byId("stop");
+
+  /** `actions`: {send(text) -> whether the text was taken, stop()}. */
+  constructor(actions) {
+    this.actions = actions;
+    this.text = readItem(DRAFT, "sessionStorage") ?? "";
+    this.#area.addEventListener("input", () => this.#grow());
+    this.#area.addEventListener("keydown", (event) => {
+      if (!isSendKey(event)) return;
+      event.preventDefault();
+      this.#submit();
+    });
+    byId("composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#submit();
+    });
+    this.#stop.addEventListener("click", () => actions.stop());
+  }
+
+  get text() {
+    return this.#area.value;
+  }
+
+  set text(value) {
+    this.#area.value = value;
+    this.#grow();
+  }
+
+  set placeholder(value) {
+    this.#area.placeholder = value;
+  }
+
+  focus() {
+    this.#area.focus();
+  }
+
+  /** While an answer is being written, Stop takes the place of Send. */
+  set isWriting(isWriting) {
+    const hadFocus = [this.#send, this.#stop].includes(document.activeElement);
+    this.#send.hidden = isWriting;
+    this.#stop.hidden = !isWriting;
+    if (hadFocus) (isWriting ? this.#stop : this.#area).focus();
+  }
+
+  #submit() {
+    if (this.text.trim() === "" || !this.#stop.hidden) return;
+    const text = this.text;
+    this.text = "";
+    if (!this.actions.send(text)) this.text = text;
+  }
+
+  /** The field is as high as its text: a hidden copy of it, in style.css, makes the room. */
+  #grow() {
+    this.#area.parentNode.dataset.text = this.text;
+    this.#send.disabled = this.text.trim() === "";
+    writeItem(DRAFT, this.text, "sessionStorage");
+  }
+}

@@ -1,0 +1,69 @@
+/** Which model the page talks to, and what a reader should know about it. */
+
+import { fetchModel } from "./api.js";
+import { byId, element, textButton } from "./dom.js";
+
+const STAGES = { base: "base model", chat: "chat model" };
+const BASE_NOTICE =
+  "This model has not learned to chat yet. It has only read, so it does not answer: " +
+  "it goes on with the text that you begin.";
+
+export class ServedModel {
+  #model = null;
+
+  /** `onKnown(model)` is called when the model is known, `enterKey()` when it needs a key. */
+  constructor(settings, { onKnown, enterKey }) {
+    Object.assign(this, { settings, onKnown, enterKey });
+  }
+
+  get stage() {
+    return this.#model?.stage;
+  }
+
+  /** The model's id; asks the server when it is not known. Throws RequestFailed. */
+  async name() {
+    if (!this.#model) {
+      this.#model = await fetchModel(this.settings.apiKey);
+      this.#show();
+    }
+    return this.#model.id;
+  }
+
+  /** The server may have another model by the next question. */
+  forget() {
+    this.#model = null;
+  }
+
+  /** Finds out which model it is, or shows why that cannot be known. */
+  async load() {
+    this.forget();
+    try {
+      await this.name();
+    } catch (error) {
+      this.#showProblem(error);
+    }
+  }
+
+  #show() {
+    const { id, stage, step, context, val_bpb: bitsPerByte } = this.#model;
+    byId("model-name").textContent = id;
+    byId("model-stage").textContent = STAGES[stage] ?? stage ?? "";
+    byId("model-stage").hidden = !stage;
+    const facts = [`Step ${step}`, `reads ${context} tokens at once`];
+    if (bitsPerByte) facts.push(`${bitsPerByte.toFixed(3)} bits per byte on unseen text`);
+    byId("model").title = facts.join(", ");
+    const notice = element("p", { className: "notice stage-notice" }, BASE_NOTICE);
+    byId("notices").replaceChildren(...(stage === "base" ? [notice] : []));
+    this.onKnown(this.#model);
+  }
+
+  #showProblem(error) {
+    byId("model-name").textContent = "not connected";
+    byId("model-stage").hidden = true;
+    const again = textButton("Try again", "solid", () => this.load());
+    const key = error.needsKey ? textButton("Enter a key", "quiet", () => this.enterKey()) : "";
+    const text = element("p", {}, error.message);
+    const notice = element("div", { className: "problem", role: "alert" }, text, key, again);
+    byId("notices").replaceChildren(notice);
+  }
+}

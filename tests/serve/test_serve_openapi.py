@@ -1,0 +1,54 @@
+"""Requests made up from the server's description of itself: never a 5xx, always as described."""
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from schemathesis.generation import GenerationMode
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_requests_made_up_from_the_description(serve, mode):
+    # A server that never says much.
+    with serve(max_new_tokens=4, max_n=2, max_prompts=2) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+        @given(case=schema.as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=100,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def ask(case):
+            case.call_and_validate(checks=CHECKS)
+
+        ask()
+
+
+def test_the_description_tells_the_limits(serve):
+    with serve(max_new_tokens=4, max_temperature=1.5) as server:
+        document = httpx.get(f"{server.url}/openapi.json").json()
+    request = document["components"]["schemas"]["ChatRequest"]
+    assert request["required"] == ["messages"]
+    assert request["properties"]["max_tokens"]["anyOf"][0] == {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 4,
+    }
+    assert request["properties"]["temperature"]["anyOf"][0]["maximum"] == 1.5
+    assert "422" not in str(document)
