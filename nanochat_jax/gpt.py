@@ -291,8 +291,8 @@ def attention_inputs(config: GPTConfig, layer: dict, h_BTD, rope):
         gate_BTK = linear(h_BTD[..., :GATE_CHANNELS], layer["gate"])
         v = add_value_embedding(v, gate_BTK, layer["ve"].reshape(v.shape))
     sharpen = QK_SHARPEN if config.recipe == "2026" else 1.0
-    q = rotate_and_norm(q, *rope, sharpen)
-    return q, rotate_and_norm(k, *rope, sharpen), v
+    cos, sin = rope
+    return rotate_and_norm(q, cos, sin, sharpen), rotate_and_norm(k, cos, sin, sharpen), v
 
 
 @jax.custom_vjp

@@ -91,7 +91,7 @@ class Scheduler:
         check(request, self.engine.vocab_size, self.engine.capacity)
         ticket = Ticket(request, listener, unfinished=request.n)
         with self._changed:
-            if len({id(group.ticket) for group in self._queue}) >= self._max_queue:
+            if self._waiting() >= self._max_queue:
                 raise Full(f"{self._max_queue} requests are waiting already")
             self._enqueue(ticket)
             self._changed.notify_all()
@@ -104,14 +104,20 @@ class Scheduler:
             self._changed.notify_all()
 
     def stats(self) -> Stats:
+        with self._changed:
+            queued = self._waiting()
         return Stats(
-            queued=len({id(group.ticket) for group in list(self._queue)}),
+            queued=queued,
             slots=len(self._rows),
             busy_slots=sum(row.group is not None for row in self._rows),
             tokens_generated=self._tokens_generated,
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._cached_prompt_tokens,
         )
+
+    def _waiting(self) -> int:
+        """Requests in the queue; with the lock held."""
+        return len({id(group.ticket) for group in self._queue})
 
     def _enqueue(self, ticket: Ticket) -> None:
         n, at_once = ticket.request.n, len(self._rows)
