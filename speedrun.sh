@@ -60,4 +60,6 @@ if [ ! -d "$run_folder/checkpoints/$planned" ]; then
 fi
 stage eval_base scripts/eval_base.py --config "$preset"
 
-say "Finished in $((SECONDS / 60)) min $((SECONDS % 60)) s. Let it write: $PYTHON scripts/generate.py --run $preset --prompt 'The function returns'"
+say "Finished in $((SECONDS / 60)) min $((SECONDS % 60)) s. Talk to it, here or in a browser:"
+say "    $PYTHON scripts/chat.py"
+say "    $PYTHON scripts/serve.py"

@@ -1,0 +1,48 @@
+"""bench_infer as a person starts it, on the smallest model; and what its speed rests on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from random_model import random_model
+
+from nanochat_jax import hlo
+from nanochat_jax.engine.engine import engine_of
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_infer.py"
+
+
+def test_the_last_line_holds_what_was_measured(tmp_path):
+    flags = ("--depth=2", "--vocab-size=300", "--max-seq-len=64", "--prompt-tokens=20")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *flags, "--new-tokens=8", "--batch-sizes=1,3", "--repeats=2"],
+        env={"NANOCHAT_BASE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    wanted = ("loop_tokens_per_s", "step_tokens_per_s", "loop_over_step", "ttft_ms", "peak_gib")
+    assert all(result[key] > 0 for key in wanted)
+    assert result["loop_tokens_per_s"] == result["rows"][0]["tokens_per_s"]
+    assert [row["batch"] for row in result["rows"]] == [1, 3]
+    assert {"bandwidth_share", "device", "depth"} <= result.keys()
+
+
+def test_the_decode_loop_copies_no_ring():
+    """Each token writes one position of a ring in place; a copy would cost more than the model."""
+    model, params = random_model(sequence_len=192)
+    for slots in (1, 4):
+        compiled = engine_of(model, slots=slots, chunk=4).lowered(params)["decode"].compile()
+        module = hlo.parse(compiled.as_text())
+        loop = max(module.computations.values(), key=lambda c: len(c.instructions))
+        assert len(loop.instructions) > 100
+        rings = (f"[{slots},2,129,8]", f"[{slots},2,192,8]")
+        copied = [
+            i.name
+            for i in loop.instructions.values()
+            if i.opcode == "copy" and any(ring in i.shape for ring in rings)
+        ]
+        assert copied == []

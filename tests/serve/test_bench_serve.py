@@ -1,0 +1,43 @@
+"""bench_serve as a person starts it, with a server of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import script_environment
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_serve.py"
+
+
+def test_many_clients_of_whom_some_hang_up_leave_nothing_behind(run_folder):
+    flags = ("--start", "--clients=6", "--requests=20", "--sequential=2", "--max-tokens=24")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *flags, "--slots=4", "--disconnects=0.4"],
+        env=script_environment(run_folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["requests"] == 20
+    assert 0 < result["hung_up"] < 20
+    assert result["errors_4xx"] == result["errors_5xx"] == result["errors_connection"] == 0
+    assert result["stuck_slots"] == 0
+    measured = ("tokens_per_s", "sequential_tokens_per_s", "concurrent_over_sequential")
+    assert all(result[key] > 0 for key in (*measured, "ttft_p50_ms", "ttft_p99_ms", "itl_p99_ms"))
+    assert "rss_growth_mib" in result
+
+
+def test_a_server_that_cannot_start_is_one_sentence(run_folder):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--start", "--run=nothing"],
+        env=script_environment(run_folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "did not start" in done.stderr
+    assert "Traceback" not in done.stderr
