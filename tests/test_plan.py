@@ -247,7 +247,7 @@ def test_the_compiled_step_keeps_its_shape(compiled):
 def test_the_compiled_decode_loop_reads_little_more_than_the_weights(compiled):
     """One row on one H200. A prototype of d24 had 458 kernels and moved 1.735 GB a token."""
     depth = compiled["depth"]
-    assert compiled["decode_kernels"] <= 22 * depth
+    assert compiled["decode_kernels"] <= 15 * depth + 110  # the draw, with all its ways, is 100
     assert compiled["decode_gb_per_token"] <= {12: 0.4, 24: 1.65}[depth]
     assert compiled["decode_ms_per_token"] <= {12: 0.6, 24: 1.25}[depth]
     assert compiled["prefill_ms"] <= {12: 1.5, 24: 4.5}[depth]
