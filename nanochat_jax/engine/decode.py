@@ -249,16 +249,20 @@ def _tell(loop: _Loop, tokens_B, explain) -> Drawn:
     chosen_B1 = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)
     few = min(ALTERNATIVES, logits_BV.shape[-1])
 
-    def likeliest(old):
+    def likeliest():
         values_BA, ids_BA = jax.lax.top_k(logits_BV, few)
-        columns = ids_BA, values_BA - logsum_B1
-        return tuple(o.at[:, loop.step, :few].set(c) for o, c in zip(old, columns, strict=True))
+        return ids_BA, values_BA - logsum_B1
 
-    told = loop.out.alternative_ids, loop.out.alternative_logprobs
-    alternatives = jax.lax.cond(explain, likeliest, lambda old: old, told)
+    def nothing():
+        shape = (len(tokens_B), few)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    # Only the step's column goes through the condition: what does is copied.
+    ids_BA, logprobs_BA = jax.lax.cond(explain, likeliest, nothing)
     shown_B = jnp.where(loop.running, tokens_B, -1)
     return Drawn(
         loop.out.tokens.at[:, loop.step].set(shown_B),
         loop.out.logprobs.at[:, loop.step].set((chosen_B1 - logsum_B1)[:, 0]),
-        *alternatives,
+        loop.out.alternative_ids.at[:, loop.step, :few].set(ids_BA),
+        loop.out.alternative_logprobs.at[:, loop.step, :few].set(logprobs_BA),
     )
