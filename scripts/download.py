@@ -20,18 +20,11 @@ from typing import Annotated
 
 import pyarrow.parquet as pq
 import tyro
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from nanochat_jax.config import parse
 from nanochat_jax.data.corpus import convert_folder, make_local_dataset
 from nanochat_jax.data.hub import download_shards
+from nanochat_jax.data.progress_bar import Bar
 from nanochat_jax.data.shards import HUB_DATASETS, LOCAL, dataset_folder, list_shards
 
 
@@ -51,27 +44,6 @@ class DownloadConfig:
     """Files fetched at the same time."""
     verify: bool = False
     """Compare the shards that are already there with the hub's checksums."""
-
-
-class Bar:
-    """A progress bar over the bytes of all files."""
-
-    def __init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.shown = Progress(*columns)
-        self._task = self.shown.add_task("asking the hub", total=None)
-
-    def expect(self, files: int, size: int) -> None:
-        self.shown.update(self._task, total=size, description=f"{files} shards")
-
-    def advance(self, size: int) -> None:
-        self.shown.advance(self._task, size)
 
 
 def main(config: DownloadConfig) -> None:

@@ -1,14 +1,17 @@
-"""Measures a base model: bits per byte of validation text, beside gzip's, and samples.
+"""Measures a base model: CORE, bits per byte of validation text beside gzip's, and samples.
 
     python scripts/eval_base.py --run d12
+    python scripts/eval_base.py --run d12 --eval core --bundle ~/eval_bundle.zip --max-per-task 500
     python scripts/eval_base.py --run d12 --step best --eval bpb --dataset fineweb-edu
 
-What it finds is printed, written to runs/NAME/eval_base.json, and is its last line as JSON.
+What it finds is printed, written to runs/NAME/eval_base.json, and is its last line as JSON. CORE's
+table is written to runs/NAME/eval_core.csv too.
 """
 
 import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -18,9 +21,12 @@ from nanochat_jax.checkpoint import LoadedModel, load_model
 from nanochat_jax.config import parse
 from nanochat_jax.data.shards import list_shards
 from nanochat_jax.evals.bits_per_byte import gzip_bits_per_byte
+from nanochat_jax.evals.core import comparison, core_csv, core_json, evaluate_core
+from nanochat_jax.evals.core_bundle import find_bundle, how_to_get, read_bundle
 from nanochat_jax.evals.samples import PROMPTS
+from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.runs import run_folder
-from nanochat_jax.runtime import is_main_process, run_script, say, start
+from nanochat_jax.runtime import is_main_process, progress_bar, run_script, say, start
 from nanochat_jax.sharding import make_mesh
 
 
@@ -32,14 +38,18 @@ class EvalBaseConfig:
     """Name of the run, or its folder."""
     step: str = "last"
     """Which checkpoint: a step, last or best."""
-    eval: str = "bpb,sample"
-    """What to do: bpb, sample, or both with a comma between."""
+    eval: str | None = None
+    """What to do: core, bpb, sample, with commas between (all; core if its bundle is there)."""
+    bundle: str | None = None
+    """Folder or zip file of the CORE tasks (eval_bundle, .zip or not, in the base directory)."""
+    max_per_task: int = -1
+    """Questions of each CORE task (all); their examples come from among them."""
     dataset: str | None = None
     """Data set whose validation shard is measured (that of the run)."""
     eval_tokens: int = 20 * 524288
     """Tokens of it."""
     device_batch_size: int = 32
-    """Rows that a device computes at once."""
+    """Rows of the trained length that a device computes at once."""
     n_devices: int | None = None
     """Devices to use (all)."""
     sample_tokens: int = 64
@@ -50,10 +60,7 @@ class EvalBaseConfig:
 
 def main() -> None:
     config = parse(EvalBaseConfig, description=__doc__)
-    wanted = [name.strip() for name in config.eval.split(",")]
-    unknown = sorted(set(wanted) - EVALS.keys())
-    if unknown:
-        raise ValueError(f"--eval knows {', '.join(EVALS)}, not {', '.join(unknown)}")
+    wanted = what_to_do(config)
     start()
     mesh = make_mesh(config.n_devices)
     folder = run_folder(config.run)
@@ -63,8 +70,55 @@ def main() -> None:
     for name in wanted:
         result |= EVALS[name](config, loaded, mesh)
     if is_main_process():
-        (folder / "eval_base.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        keep(folder / "eval_base.json", result)
     say(json.dumps(result, ensure_ascii=False))
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Writes the result beside what was measured of the same checkpoint before."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    whole = before | result if before.get("step") == result["step"] else result
+    path.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def what_to_do(config: EvalBaseConfig) -> list[str]:
+    """The names of the evaluations, after a look at whether they can be done."""
+    bundle = find_bundle(config.bundle)
+    if config.max_per_task == 0:
+        raise ValueError("--max-per-task 0 leaves no question; leave it out for all")
+    if config.eval is None:
+        if bundle is None:
+            say(f"CORE is left out: its bundle is not there; {how_to_get()}")
+        return [name for name in EVALS if name != "core" or bundle is not None]
+    wanted = [name.strip() for name in config.eval.split(",")]
+    unknown = sorted(set(wanted) - EVALS.keys())
+    if unknown:
+        raise ValueError(f"--eval knows {', '.join(EVALS)}, not {', '.join(unknown)}")
+    if "core" in wanted and bundle is None:
+        raise ValueError(f"there is no CORE bundle; {how_to_get()}")
+    return wanted
+
+
+def measure_core(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> dict[str, Any]:
+    path = find_bundle(config.bundle)
+    assert path is not None  # what_to_do has looked
+    bundle = read_bundle(path)
+    budget = config.device_batch_size * loaded.model.config.sequence_len
+    scorer = Scorer(loaded.model, mesh, loaded.params, tokens_per_device=budget)
+    with progress_bar("CORE") as progress:
+        results = evaluate_core(
+            scorer,
+            loaded.tokenizer,
+            bundle,
+            max_per_task=config.max_per_task,
+            progress=progress,
+        )
+    found = core_json(results)
+    say(comparison(found, bundle.published))
+    if is_main_process():
+        path = run_folder(config.run) / "eval_core.csv"
+        path.write_text(core_csv(results), encoding="utf-8")
+    return found | {"core_max_per_task": config.max_per_task}
 
 
 def measure_bpb(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> dict[str, Any]:
@@ -96,7 +150,7 @@ def write_samples(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> di
     return {"samples": [[prompt, text] for prompt, text in samples]}
 
 
-EVALS = {"bpb": measure_bpb, "sample": write_samples}
+EVALS = {"core": measure_core, "bpb": measure_bpb, "sample": write_samples}
 
 if __name__ == "__main__":
     run_script(main)

@@ -400,7 +400,8 @@ def test_eval_base_measures_and_samples(call, script, whole):
     assert set(json.loads(only.strip().splitlines()[-1])) == {
         "run", "step", "bpb", "gzip_bpb", "tokens"
     }  # fmt: skip
-    assert "--eval knows bpb, sample, not core" in call("eval_base.py", "--eval=core")
+    assert "--eval knows core, bpb, sample, not x" in call("eval_base.py", "--eval=bpb,x")
+    assert "there is no CORE bundle" in call("eval_base.py", "--eval=core")
 
 
 def test_generate_goes_on_with_a_text_or_a_file(call, whole, tmp_path):

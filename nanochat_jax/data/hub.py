@@ -1,8 +1,8 @@
-"""Fetches shards from the hub: in parallel, resumed where they were cut off, verified.
+"""Fetches files from the hub: in parallel, resumed where they were cut off, verified.
 
-Bytes arrive in a hidden part file beside the shards. Only when size and sha256 are those that the
-hub announced does it become shard_XXXXX.parquet, by one atomic rename; so whatever has such a name
-is whole. Part files survive cut connections and killed processes and are continued, not repeated.
+Bytes arrive in a hidden part file beside the wanted one. Only when size and sha256 are those that
+the hub announced does it get its name, by one atomic rename; so whatever has such a name is whole.
+Part files survive cut connections and killed processes and are continued, not repeated.
 """
 
 import errno
@@ -10,11 +10,13 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from filelock import FileLock, Timeout
@@ -47,11 +49,22 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class RemoteFile:
+class Wanted:
+    """A file to fetch."""
+
+    name: str  # where it goes, below the folder
+    url: str
+    source: str  # what it is a part of, for messages: "the data set karpathy/…"
+
+    @property
+    def server(self) -> str:
+        return "{0.scheme}://{0.netloc}".format(urlsplit(self.url))
+
+
+@dataclass(frozen=True)
+class RemoteFile(Wanted):
     """A file as the hub announces it."""
 
-    name: str
-    url: str
     size: int | None
     etag: str
 
@@ -80,40 +93,87 @@ def download_shards(
     if not 1 <= shards <= hub.last_shard:
         raise ValueError(f"{dataset} has 1 to {hub.last_shard} training shards, not {shards}")
     folder = dataset_folder(dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = [shard_name(index) for index in [*range(shards), hub.last_shard]]
-    try:
-        with FileLock(folder / ".download.lock", timeout=0):
-            names = [name for name in wanted if verify or not _is_whole(folder / name)]
-            if names:
-                _Download(hub.repo_id, folder, workers, progress or Silent()).fetch(names)
-    except Timeout:
-        raise ValueError(f"another download into {folder} is running; wait for its end") from None
+    names = [shard_name(index) for index in [*range(shards), hub.last_shard]]
+    wanted = [
+        Wanted(name, hub_url(hub.repo_id, name), f"the data set {hub.repo_id}") for name in names
+    ]
+    download = Download(
+        folder,
+        is_whole=_is_whole,
+        workers=workers,
+        progress=progress,
+        without_network="`--dataset local` needs no network",
+        with_less_space="ask for fewer shards",
+    )
+    with download.alone():
+        download.fetch([one for one in wanted if verify or not _is_whole(folder / one.name)])
     return folder
+
+
+def hub_url(repo_id: str, name: str, revision: str | None = None) -> str:
+    """Where the hub, or the mirror that HF_ENDPOINT names, has a file of a data set."""
+    return huggingface_hub.hf_hub_url(
+        repo_id, name, repo_type="dataset", revision=revision, endpoint=hub_endpoint()
+    )
+
+
+def hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
 
 
 class _Stopped(Exception):
     """Another file failed, or the user interrupted."""
 
 
-class _Download:
-    """Some files of one repository on their way into one folder."""
+class Download:
+    """Some files on their way into one folder.
 
-    def __init__(self, repo_id: str, folder: Path, workers: int, progress: Progress) -> None:
-        self._repo_id, self._folder, self._progress = repo_id, folder, progress
-        self._endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
-        self._workers = workers
+    `is_whole` checks a file of which the server announces no sha256. The last two arguments end the
+    messages about a network or a disk that fails: what else the user can do.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_whole: Callable[[Path], bool],
+        workers: int = 8,
+        progress: Progress | None = None,
+        without_network: str,
+        with_less_space: str,
+    ) -> None:
+        self._folder, self._is_whole, self._workers = folder, is_whole, workers
+        self._progress = progress or Silent()
+        self._without_network, self._with_less_space = without_network, with_less_space
         self._stop = threading.Event()
 
-    def fetch(self, names: Sequence[str]) -> None:
-        first = self._look_up(names[0], retries=0)  # without a network this fails at once
-        files = [first, *self._each(self._look_up, names[1:])]
-        files = [file for file in files if not _matches(self._folder / file.name, file)]
+    @contextmanager
+    def alone(self, timeout: float = 0) -> Iterator[None]:
+        """Makes the folder and keeps other processes from fetching into it.
+
+        One that does so already is waited for, `timeout` seconds long (−1: as long as it takes).
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self._folder / ".download.lock", timeout=timeout):
+                yield
+        except Timeout:
+            raise ValueError(
+                f"another download into {self._folder} is running; wait for its end"
+            ) from None
+
+    def fetch(self, wanted: Sequence[Wanted]) -> None:
+        """Sees to it that the files are there as the server announces them."""
+        if not wanted:
+            return
+        first = self._look_up(wanted[0], retries=0)  # without a network this fails at once
+        files = [first, *self.each(self._look_up, wanted[1:])]
+        files = [file for file in files if not self._matches(self._folder / file.name, file)]
         self._check_space(files)
         self._progress.expect(len(files), sum(file.size or 0 for file in files))
-        self._each(self._fetch_file, files)
+        self.each(self._fetch_file, files)
 
-    def _each[A, B](self, action: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    def each[A, B](self, action: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """Runs `action` in parallel; the first failure or Ctrl-C stops all the others."""
         with ThreadPoolExecutor(self._workers) as pool:
             futures = [pool.submit(action, item) for item in items]
@@ -126,17 +186,20 @@ class _Download:
                 raise
         return [future.result() for future in futures]
 
-    def _look_up(self, name: str, retries: int = RETRIES) -> RemoteFile:
-        url = huggingface_hub.hf_hub_url(
-            self._repo_id, name, repo_type="dataset", endpoint=self._endpoint
-        )
+    def ask[A](self, action: Callable[[], A], about: Wanted, retries: int = RETRIES) -> A:
+        """What a server answers; ValueError, in one sentence, when it does not."""
         try:
-            found = self._persist(
-                lambda: huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT), retries=retries
-            )
+            return self._persist(action, retries=retries)
         except Exception as error:
-            raise self._explained(error, name) from error
-        return RemoteFile(name, url, found.size, found.etag or "")
+            raise self._explained(error, about) from error
+
+    def _look_up(self, wanted: Wanted, retries: int = RETRIES) -> RemoteFile:
+        found = self.ask(
+            lambda: huggingface_hub.get_hf_file_metadata(wanted.url, timeout=TIMEOUT),
+            wanted,
+            retries,
+        )
+        return RemoteFile(**vars(wanted), size=found.size, etag=found.etag or "")
 
     def _check_space(self, files: Sequence[RemoteFile]) -> None:
         here = sum(_size(self._part(file)) for file in files)
@@ -144,37 +207,39 @@ class _Download:
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise ValueError(
-                f"{len(files)} shards need {needed / 1e9:.1f} GB, but {self._folder} has only "
-                f"{free / 1e9:.1f} GB free; ask for fewer shards, or set NANOCHAT_BASE_DIR to a "
+                f"{len(files)} files need {needed / 1e9:.1f} GB, but {self._folder} has only "
+                f"{free / 1e9:.1f} GB free; {self._with_less_space}, or set NANOCHAT_BASE_DIR to a "
                 "folder on another disk"
             )
 
     def _part(self, file: RemoteFile) -> Path:
-        return self._folder / f".{file.name}.{file.etag[:16]}.part"
+        path = self._folder / file.name
+        return path.with_name(f".{path.name}.{_plain(file.etag)}.part")
 
     def _fetch_file(self, file: RemoteFile) -> None:
-        part = self._part(file)
+        part, path = self._part(file), self._folder / file.name
+        part.parent.mkdir(parents=True, exist_ok=True)
         self._progress.advance(_size(part))
         try:
             self._fetch_part(file, part)
         except (ValueError, _Stopped):
             raise
         except Exception as error:
-            raise self._explained(error, file.name) from error
-        os.replace(part, self._folder / file.name)
-        for outdated in self._folder.glob(f".{file.name}.*.part"):
+            raise self._explained(error, file) from error
+        os.replace(part, path)
+        for outdated in path.parent.glob(f".{path.name}.*.part"):
             outdated.unlink()
 
     def _fetch_part(self, file: RemoteFile, part: Path) -> None:
         """Completes the part file; one with a wrong checksum is thrown away, once."""
         for _ in range(2):
             self._persist(lambda: self._receive(file, part), received=lambda: _size(part))
-            if _matches(part, file):
+            if self._matches(part, file):
                 return
             self._progress.advance(-_size(part))
             part.unlink()
         raise ValueError(
-            f"{self._endpoint} twice delivered a {file.name} of the wrong size or checksum; try "
+            f"{file.server} twice delivered a {file.name} of the wrong size or checksum; try "
             "again later, or set HF_ENDPOINT to another mirror"
         )
 
@@ -221,25 +286,35 @@ class _Download:
                 if self._stop.wait(PAUSE * 2**idle):
                     raise _Stopped from error
 
-    def _explained(self, error: Exception, name: str) -> ValueError:
+    def _matches(self, path: Path, file: RemoteFile) -> bool:
+        """Whether a file has the announced size and content."""
+        if not path.exists() or (file.size is not None and _size(path) != file.size):
+            return False
+        if file.sha256 is None:  # not in large-file storage
+            return self._is_whole(path)
+        return sha256_of(path) == file.sha256
+
+    def _explained(self, error: Exception, wanted: Wanted) -> ValueError:
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
             if status == 404:
-                return ValueError(f"{self._endpoint} has no {name} in the data set {self._repo_id}")
+                return ValueError(f"{wanted.server} has no {wanted.name} in {wanted.source}")
             if status in (401, 403):
                 return ValueError(
-                    f"{self._endpoint} refuses access to {self._repo_id} ({status}); set HF_TOKEN, "
+                    f"{wanted.server} refuses access to {wanted.source} ({status}); set HF_TOKEN, "
                     "or unset it when it has expired"
                 )
-            return ValueError(f"{self._endpoint} answered {status} for {name}; try again later")
+            return ValueError(
+                f"{wanted.server} answered {status} for {wanted.name}; try again later"
+            )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return ValueError(f"the disk of {self._folder} is full; make room and run this again")
         if isinstance(error, OSError) and error.filename:
             return ValueError(f"cannot write {error.filename}: {error.strerror}")
         detail = str(error).strip() or type(error).__name__
         return ValueError(
-            f"cannot reach {self._endpoint} ({detail}); check the network or set HF_ENDPOINT to a "
-            "mirror, then run this again; `--dataset local` needs no network"
+            f"cannot reach {wanted.server} ({detail}); check the network or set HF_ENDPOINT to a "
+            f"mirror, then run this again; {self._without_network}"
         )
 
 
@@ -263,11 +338,10 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _matches(path: Path, file: RemoteFile) -> bool:
-    """Whether a file has the announced size and content."""
-    if not path.exists() or (file.size is not None and _size(path) != file.size):
-        return False
-    if file.sha256 is None:  # not in large-file storage: at least it must be a Parquet file
-        return _is_whole(path)
+def _plain(etag: str) -> str:
+    return "".join(filter(str.isalnum, etag))[:16]
+
+
+def sha256_of(path: Path) -> str:
     with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -183,6 +183,8 @@ def copy_row(slots: Slots, source: jax.Array, target: jax.Array, axis: str) -> S
 
 
 def _put(slots: Slots, rows_R, new: Slots) -> Slots:
+    # Else XLA reads the rows while it writes them, and copies the whole cache to be able to.
+    slots, new = jax.lax.optimization_barrier((slots, new))
     return jax.tree.map(lambda leaf, row: leaf.at[rows_R].set(row, mode="drop"), slots, new)
 
 

@@ -1,1 +1,1 @@
-"""Measures of a model: bits per byte, and text to look at."""
+"""Measures of a model: bits per byte, CORE, chat tasks, and text to look at."""

@@ -1,0 +1,59 @@
+"""Confidence intervals of means by the bootstrap: how much a score would move with other questions.
+
+The questions are drawn again with replacement, many times, and the interval is between percentiles
+of the means (Efron, 1979). The seed is fixed: equal results have equal intervals.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+SEED = 1234
+AT_ONCE = 4_000_000  # numbers drawn at once: 32 MB
+
+type Interval = tuple[float, float]
+
+
+def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+    """Means of `resamples` samples of the values, each as large as they are; (resamples,).
+
+    ValueError where there are no values.
+    """
+    if len(values) == 0:
+        raise ValueError("an interval needs at least one value")
+    rng = np.random.default_rng(seed)
+    values = np.asarray(values, np.float64)
+    per_draw = max(1, AT_ONCE // len(values))
+    sizes = [min(per_draw, resamples - first) for first in range(0, resamples, per_draw)]
+    drawn = (values[rng.integers(0, len(values), (size, len(values)))] for size in sizes)
+    return np.concatenate([sample.mean(axis=1) for sample in drawn])
+
+
+def interval(means: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
+    """Between which percentiles of the resampled means the value lies."""
+    outside = 100 * (1 - confidence) / 2
+    low, high = np.percentile(means, [outside, 100 - outside])
+    return float(low), float(high)
+
+
+def centred(accuracy, baseline: float):
+    """An accuracy, or an array of them, as a share of the way from guessing (0) to perfect (1)."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def mean_of_centred(
+    values: Sequence[np.ndarray], baselines: Sequence[float], seed: int = SEED
+) -> tuple[float, Interval]:
+    """The mean over tasks of their centred accuracies, and its interval.
+
+    Each task's questions are drawn again for themselves: tasks are fixed, questions are a sample.
+    """
+    tasks = list(zip(values, baselines, strict=True))
+    mean = float(np.mean([centred(np.mean(task), baseline) for task, baseline in tasks]))
+    resampled = [
+        centred(resampled_means(task, seed=seed + i), baseline)
+        for i, (task, baseline) in enumerate(tasks)
+    ]
+    return mean, interval(np.mean(resampled, axis=0))

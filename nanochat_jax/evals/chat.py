@@ -1,0 +1,242 @@
+"""How well a chat model answers tasks: multiple choice by its logits, the rest by what it writes.
+
+A categorical task is answered by the likeliest of its letters where the answer begins; all
+questions are scored in batches. A generative one is answered by the engine, with the calculator,
+new questions taking the rows of finished ones, and judged by the task itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nanochat_jax.engine.requests import Request, Sample
+from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.scheduler import Scheduler
+from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, resampled_means
+from nanochat_jax.evals.scoring import Progress, Scorer
+from nanochat_jax.evals.scoring_rows import Score, Span
+from nanochat_jax.tasks.task import Conversation, Task
+from nanochat_jax.tokenizer import Tokenizer
+
+# The tasks of ChatCORE and how often guessing is right.
+CHAT_CORE = {"arc-easy": 0.25, "arc-challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
+MAX_PROMPT = 2048  # tokens; of longer conversations the oldest turns are left out
+ROUNDS = 16  # times the engine's rows: questions between two signs of progress
+TRANSCRIPTS = 3  # answers that a result keeps, to look at
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn."""
+
+    n_samples: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 50
+    seed: int = 42
+
+    def __post_init__(self):
+        if self.n_samples < 1 or self.max_new_tokens < 1:
+            raise ValueError("an answer needs at least one sample of one token")
+        if self.n_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"at temperature 0 all {self.n_samples} samples are the same; set --temperature"
+            )
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """`correct` has a row of bools for each question Q, one for each of its N samples."""
+
+    name: str
+    kind: str
+    correct_QN: np.ndarray
+    baseline: float  # how often guessing is right
+    transcripts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracies_Q(self) -> np.ndarray:
+        """Of each question the share of samples that are right: pass@1."""
+        return pass_at_k(self.correct_QN, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        accuracy = float(self.accuracies_Q.mean())
+        n = self.correct_QN.shape[1]
+        return {
+            "kind": self.kind,
+            "accuracy": accuracy,
+            "accuracy_interval": list(interval(resampled_means(self.accuracies_Q))),
+            "baseline": self.baseline,
+            "centred": float(centred(accuracy, self.baseline)),
+            "questions": len(self.correct_QN),
+            **{f"pass@{k}": _with_interval(pass_at_k(self.correct_QN, k)) for k in powers(n)},
+            "transcripts": self.transcripts,
+        }
+
+
+def _with_interval(values: np.ndarray) -> list[float]:
+    """[mean, low, high]"""
+    return [float(values.mean()), *interval(resampled_means(values))]
+
+
+def powers(n: int) -> list[int]:
+    """2, 4, 8, … and n itself: the k of pass@k with n samples."""
+    doubled = (2**i for i in range(1, n.bit_length()))
+    return sorted({k for k in doubled if k < n} | ({n} if n > 1 else set()))
+
+
+def pass_at_k(correct_QN: np.ndarray, k: int) -> np.ndarray:
+    """Of each question the chance that one of k samples is right, (Q,), from N ≥ k samples.
+
+    Unbiased: 1 − C(N−c, k) / C(N, k) with c right ones (arXiv 2107.03374).
+    """
+    N = correct_QN.shape[1]
+    if not 1 <= k <= N:
+        raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples of a question, not {N}")
+    wrong_Q = N - correct_QN.sum(axis=1)
+    missed_Q = np.ones(len(correct_QN))
+    for i in range(k):  # the factors of the quotient of the binomials
+        missed_Q *= np.maximum(wrong_Q - i, 0) / (N - i)
+    return 1 - missed_Q
+
+
+# --- categorical ----------------------------------------------------------------------------------
+
+
+def evaluate_categorical(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    task: Task,
+    progress: Progress = lambda done, total: None,
+) -> ChatResult:
+    """The arg-max over the letters of each question, judged by the task."""
+    conversations = [task[i] for i in range(len(task))]
+    spans = [letter_spans(tokenizer, conversation) for conversation in conversations]
+    correct = [
+        task.evaluate(conversation, likeliest_letter(conversation, scores))
+        for conversation, scores in zip(conversations, scorer.score(spans, progress), strict=True)
+    ]
+    guessing = np.mean([1 / len(conversation["letters"]) for conversation in conversations])
+    baseline = CHAT_CORE.get(task.name, float(guessing))
+    return ChatResult(task.name, task.kind, np.array(correct, bool)[:, None], baseline)
+
+
+def letter_spans(tokenizer: Tokenizer, conversation: Conversation) -> list[Span]:
+    """Each letter as the answer's first token."""
+    prompt = tokenizer.render_for_completion(conversation, MAX_PROMPT)
+    found = []
+    for letter in conversation["letters"]:
+        tokens = tokenizer.encode(letter)
+        if len(tokens) != 1:
+            raise ValueError(f"the letter {letter!r} of a question is not one token but {tokens}")
+        found.append(Span(np.array(prompt + tokens, np.int32), len(prompt)))
+    return found
+
+
+def likeliest_letter(conversation: Conversation, scores: Sequence[Score]) -> str:
+    losses = [score.losses[0] for score in scores]
+    return conversation["letters"][int(np.argmin(losses))]
+
+
+# --- generative -----------------------------------------------------------------------------------
+
+
+def evaluate_generative(
+    scheduler: Scheduler,
+    tokenizer: Tokenizer,
+    task: Task,
+    drawing: Drawing,
+    progress: Progress = lambda done, total: None,
+) -> ChatResult:
+    """Answers of every question, judged by the task."""
+    at_once = ROUNDS * scheduler.engine.slots
+    correct: list[list[bool]] = []
+    transcripts: list[dict[str, Any]] = []
+    for first in range(0, len(task), at_once):
+        numbers = range(first, min(first + at_once, len(task)))
+        conversations = [task[i] for i in numbers]
+        requests = [
+            _request(tokenizer, conversation, drawing, i)
+            for i, conversation in zip(numbers, conversations, strict=True)
+        ]
+        answered = zip(conversations, scheduler.generate(requests), strict=True)
+        for conversation, samples in answered:
+            judged = [_judge(tokenizer, task, conversation, sample) for sample in samples]
+            correct.append([right for _, right in judged])
+            if len(transcripts) < TRANSCRIPTS:
+                transcripts.append(_transcript(conversation, *judged[0]))
+        progress(numbers.stop, len(task))
+    baseline = CHAT_CORE.get(task.name, 0.0)
+    return ChatResult(task.name, task.kind, np.array(correct, bool), baseline, transcripts)
+
+
+def _request(
+    tokenizer: Tokenizer, conversation: Conversation, drawing: Drawing, number: int
+) -> Request:
+    sampling = Sampling(drawing.temperature, drawing.top_k, seed=drawing.seed + number)
+    return Request(
+        tokenizer.render_for_completion(conversation, MAX_PROMPT),
+        drawing.max_new_tokens,
+        sampling,
+        n=drawing.n_samples,
+        stop_ids=(tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id),
+        use_tools=True,
+    )
+
+
+def _judge(tokenizer, task: Task, conversation: Conversation, sample: Sample) -> tuple[str, bool]:
+    text = tokenizer.decode(sample.tokens)
+    return text, bool(task.evaluate(conversation, text))
+
+
+def _transcript(conversation: Conversation, answer: str, right: bool) -> dict[str, Any]:
+    question = conversation["messages"][-2]["content"]
+    return {"question": question, "answer": answer, "right": right}
+
+
+def capacity_for(tokenizer: Tokenizer, tasks: Sequence[Task], drawing: Drawing) -> int:
+    """The tokens that an engine's rows need to answer all questions of the tasks."""
+    lengths = (
+        len(tokenizer.render_for_completion(task[i], MAX_PROMPT))
+        for task in tasks
+        for i in range(len(task))
+    )
+    return max(lengths, default=0) + drawing.max_new_tokens
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def chat_json(results: Sequence[ChatResult]) -> dict[str, Any]:
+    """All tasks, the mean of their centred scores, and ChatCORE where its five tasks are there."""
+    found: dict[str, Any] = {"chat_tasks": {result.name: result.as_json() for result in results}}
+    found["mean_centred"], found["mean_centred_interval"] = _mean_centred(results)
+    of_core = [result for result in results if result.name in CHAT_CORE]
+    if len(of_core) == len(CHAT_CORE):
+        found["chatcore"], found["chatcore_interval"] = _mean_centred(of_core)
+    return found
+
+
+def _mean_centred(results: Sequence[ChatResult]) -> tuple[float, list[float]]:
+    values = [result.accuracies_Q for result in results]
+    mean, bounds = mean_of_centred(values, [result.baseline for result in results])
+    return mean, list(bounds)
+
+
+def chat_table(found: dict[str, Any]) -> str:
+    """`chat_json`'s result for people."""
+    lines = [f"{'task':<16}{'questions':>10}{'accuracy':>10}{'95 % interval':>17}{'centred':>10}"]
+    for name, task in found["chat_tasks"].items():
+        low, high = task["accuracy_interval"]
+        line = f"{name:<16}{task['questions']:>10,}{task['accuracy']:>10.4f}"
+        passes = ", ".join(f"{k} {v[0]:.4f}" for k, v in task.items() if k.startswith("pass@"))
+        bounds = f"{low:.4f}–{high:.4f}"
+        lines.append(f"{line}{bounds:>17}{task['centred']:>10.4f}  {passes}".rstrip())
+    for key, name in (("chatcore", "ChatCORE"), ("mean_centred", "mean centred")):
+        if key in found:
+            low, high = found[f"{key}_interval"]
+            bounds = f"{low:.4f}–{high:.4f}"
+            lines.append(f"{name:<36}{bounds:>17}{found[key]:>10.4f}")
+    return "\n".join(lines)

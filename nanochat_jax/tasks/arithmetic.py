@@ -1,0 +1,116 @@
+"""Sums, plain and in small stories, for which the assistant calls the calculator.
+
+Answers end as GSM8K's do, "#### 42", so that the same judge serves both. The expression in the call
+has the numbers of the question in its order: a small model can learn to copy them.
+"""
+
+import random
+from typing import NamedTuple
+
+from nanochat_jax.tasks.synthetic import Drawn
+from nanochat_jax.tasks.task import exchange, python, text
+
+NAMES = ("Ada", "Ben", "Clara", "Emil", "Grace", "Ivo", "Lena", "Max", "Nora", "Tom")
+THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "shells", "stamps", "stones")
+PLAIN = (
+    "What is {sum}?",
+    "What is {sum}?",
+    "How much is {sum}?",
+    "Compute {sum}.",
+    "Please calculate {sum}.",
+    "{sum}",
+    "{sum} = ?",
+)
+SPOKEN = {"+": ("+", "plus"), "-": ("-", "minus"), "*": ("*", "x", "times"), "/": ("/",)}
+STORIES = {
+    "+": (
+        "{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?",
+        "There are {a} {things} on the table and {b} in the box. How many are there in all?",
+    ),
+    "-": (
+        "{name} has {a} {things} and gives away {b}. How many {things} are left?",
+        "Of {a} {things}, {b} are lost. How many remain?",
+    ),
+    "*": (
+        "{name} has {a} bags with {b} {things} in each. How many {things} is that?",
+        "One day brings {a} {things}. How many do {b} days bring?",
+    ),
+    "/": (
+        "{name} shares {a} {things} equally among {b} friends. How many does each one get?",
+        "{a} {things} fill {b} boxes equally. How many are in one box?",
+    ),
+}
+
+
+class Sum(NamedTuple):
+    """a op b, and its value as the calculator gives it."""
+
+    a: int
+    op: str
+    b: int
+
+    @property
+    def value(self) -> int | float:
+        a, b = self.a, self.b
+        return {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else 0}[self.op]
+
+
+def draw_arithmetic(rng: random.Random) -> Drawn:
+    """One question; its key is the expression."""
+    kind = rng.random()
+    if kind < 0.15:
+        return _long_sum(rng)
+    drawn = _sum(rng)
+    tellable = min(drawn.a, drawn.b) > 1 and drawn.value > 0
+    question = _story(rng, drawn) if kind < 0.45 and tellable else _plain(rng, drawn)
+    return _solved(question, f"{drawn.a}{drawn.op}{drawn.b}", drawn.value)
+
+
+def _solved(question: str, expression: str, value: int | float) -> Drawn:
+    short = str(value).removesuffix(".0")  # a quotient is 12.0 for the calculator
+    answer = [*python(expression, str(value)), text(f"That makes {short}.\n#### {short}")]
+    return Drawn(expression, exchange(question, answer))
+
+
+def _number(rng: random.Random) -> int:
+    return rng.randrange(10 ** rng.choice((1, 2, 2, 3)))
+
+
+def _sum(rng: random.Random) -> Sum:
+    op = rng.choice("+++--**/")
+    if op == "/":
+        b = rng.randrange(2, 13)
+        # Two, four, five and ten divide everything with few decimals.
+        return Sum(_number(rng) if b in (2, 4, 5, 10) else b * rng.randrange(1, 50), op, b)
+    a, b = _number(rng), _number(rng)
+    if op == "*":
+        return Sum(a, op, b % 100)
+    # Mostly there is something left.
+    return Sum(max(a, b), op, min(a, b)) if op == "-" and rng.random() < 0.8 else Sum(a, op, b)
+
+
+def _plain(rng: random.Random, drawn: Sum) -> str:
+    op = rng.choice(SPOKEN[drawn.op])
+    space = " " if op.isalpha() or rng.random() < 0.7 else ""
+    return rng.choice(PLAIN).format(sum=f"{drawn.a}{space}{op}{space}{drawn.b}")
+
+
+def _story(rng: random.Random, drawn: Sum) -> str:
+    return rng.choice(STORIES[drawn.op]).format(
+        name=rng.choice(NAMES), things=rng.choice(THINGS), a=drawn.a, b=drawn.b
+    )
+
+
+def _long_sum(rng: random.Random) -> Drawn:
+    """Three numbers, sometimes with parentheses."""
+    a, b, c = (rng.randrange(1, 100) for _ in range(3))
+    spaced, value = rng.choice(
+        (
+            (f"{a} + {b} + {c}", a + b + c),
+            (f"{a} + {b} - {c}", a + b - c),
+            (f"{a} * {b} + {c}", a * b + c),
+            (f"({a} + {b}) * {c}", (a + b) * c),
+        )
+    )
+    question = rng.choice(PLAIN).format(sum=spaced)
+    return _solved(question, spaced.replace(" ", ""), value)

@@ -1,0 +1,65 @@
+"""Multiple choice built from the local text, answered with a bare letter.
+
+Which choice is a given word, which of four words a sentence contains, and which word is missing in
+it: what a small model can find by looking, or know from having read such text.
+"""
+
+import random
+import re
+
+from nanochat_jax.tasks.synthetic import Drawn
+from nanochat_jax.tasks.task import LETTERS, exchange, multiple_choice
+from nanochat_jax.tasks.words import find_sentences, find_words
+
+GAP = "___"
+MIN_LETTERS = 4  # of a word that is asked for: "the" fits anywhere
+COMMON = 1500  # wrong choices are among so many of the most frequent words
+
+
+def draw_choice(rng: random.Random) -> Drawn:
+    """A question about a sentence, which is the key, or one for a word, likewise."""
+    if rng.random() < 0.4:
+        word = _common_word(rng)
+        return _asked(rng, word, f"Which one is the word {word}?", word)
+    sentence = rng.choice(find_sentences())
+    word = rng.choice(_candidates(sentence))
+    if rng.random() < 0.5:
+        return _asked(rng, sentence, f"Which word is in this sentence? {sentence}", word)
+    gapped = re.sub(rf"\b{word}\b", GAP, sentence, count=1)
+    return _asked(rng, sentence, f"Which word is missing? {gapped}", word)
+
+
+def _asked(rng: random.Random, key: str, question: str, right: str) -> Drawn:
+    choices = [right, *_others(rng, f"{question} {right}")]
+    rng.shuffle(choices)
+    answer = LETTERS[choices.index(right)]
+    asked = multiple_choice(question, LETTERS, choices)
+    return Drawn(key, exchange(asked, answer, letters=LETTERS))
+
+
+def _words_of(sentence: str) -> list[str]:
+    return re.findall("[a-z]+", sentence.lower())
+
+
+def _candidates(sentence: str) -> list[str]:
+    """Words worth asking for; the first is left out, as it has a capital letter."""
+    words = _words_of(sentence)[1:]
+    return [word for word in words if len(word) >= MIN_LETTERS] or [max(words, key=len)]
+
+
+def _others(rng: random.Random, shown: str) -> list[str]:
+    """Three different words that are neither right nor anywhere else in what is shown."""
+    inside = set(_words_of(multiple_choice(shown, (), ())))
+    others: list[str] = []
+    while len(others) < 3:
+        word = _common_word(rng)
+        if word not in inside and word not in others:
+            others.append(word)
+    return others
+
+
+def _common_word(rng: random.Random) -> str:
+    words = find_words()
+    while len(word := words[rng.randrange(min(COMMON, len(words)))]) < MIN_LETTERS:
+        pass
+    return word

@@ -1,0 +1,137 @@
+"""Tasks by the names that the command line and the presets use.
+
+    gsm8k, mmlu, mmlu-aux, arc-easy, arc-challenge, humaneval, smoltalk     from the hub
+    spellingbee, spelling                                                   of a list of words
+    identity, json:PATH                                                     files of conversations
+    arithmetic, counting, spelling-local, choice, identity-local, dialogue  made here, no network
+
+`prepare([("gsm8k", "train"), …])` says at once what data a stage lacks, or fetches it; `make_task`
+makes one task.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from nanochat_jax.data.hub import Progress
+from nanochat_jax.tasks.answers import is_reference_number
+from nanochat_jax.tasks.arithmetic import draw_arithmetic
+from nanochat_jax.tasks.choice import draw_choice
+from nanochat_jax.tasks.conversation_files import CustomJSON, SmolTalk
+from nanochat_jax.tasks.dialogue import draw_dialogue, is_last_answer
+from nanochat_jax.tasks.gsm8k import GSM8K
+from nanochat_jax.tasks.hub import HUB_TASKS, IDENTITY, WORD_LIST, Source, task_data_dir
+from nanochat_jax.tasks.humaneval import HumanEval
+from nanochat_jax.tasks.identity import draw_identity, says_its_name
+from nanochat_jax.tasks.knowledge import ARC, MMLU
+from nanochat_jax.tasks.mixture import Slice
+from nanochat_jax.tasks.prefetch import fetch, lacking
+from nanochat_jax.tasks.spelling import (
+    SimpleSpelling,
+    SpellingBee,
+    draw_counting,
+    draw_spelling,
+    read_words,
+)
+from nanochat_jax.tasks.synthetic import SPLITS, Draw, Judge, Synthetic
+from nanochat_jax.tasks.task import Task, is_reference
+
+type Named = tuple[str, str]  # a task and a split
+
+FROM_HUB: dict[str, Callable[[Sequence[Path]], Task]] = {
+    "smoltalk": SmolTalk,
+    "mmlu": MMLU,
+    "mmlu-aux": lambda files: MMLU(files, "mmlu-aux"),
+    "gsm8k": GSM8K,
+    "arc-easy": lambda files: ARC(files, "arc-easy"),
+    "arc-challenge": lambda files: ARC(files, "arc-challenge"),
+    "humaneval": HumanEval,
+}
+OF_WORDS: dict[str, Callable[[list[str], str, int | None], Task]] = {
+    "spellingbee": SpellingBee,
+    "spelling": SimpleSpelling,
+}
+MADE_HERE: dict[str, tuple[Literal["categorical", "generative"], Draw, Judge]] = {
+    "arithmetic": ("generative", draw_arithmetic, is_reference_number),
+    "counting": ("generative", draw_counting, is_reference_number),
+    "spelling-local": ("generative", draw_spelling, is_reference),
+    "choice": ("categorical", draw_choice, is_reference),
+    "identity-local": ("generative", draw_identity, says_its_name),
+    "dialogue": ("generative", draw_dialogue, is_last_answer),
+}
+JSON = "json:"
+
+
+def task_names() -> list[str]:
+    return [*FROM_HUB, *OF_WORDS, "identity", *MADE_HERE, f"{JSON}PATH"]
+
+
+def make_task(
+    name: str,
+    split: str = "train",
+    *,
+    limit: int | None = None,
+    allow_unsandboxed: bool = False,
+) -> Task:
+    """A task by its name, its data being fetched when it is not there.
+
+    `limit` takes the first examples; of a task that is made here, as many as it says. ValueError
+    names the known tasks or the splits of this one, or says why its data cannot be had.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit of {limit} leaves nothing of {name}")
+    source = source_of(name, split)
+    if source is not None:
+        prepare([(name, split)])
+    if name in MADE_HERE:
+        kind, draw, judge = MADE_HERE[name]
+        return Synthetic(name, kind, draw, judge, split, limit)
+    if name in OF_WORDS:
+        return OF_WORDS[name](read_words(WORD_LIST.path), split, limit)
+    if source is None:
+        task: Task = CustomJSON(Path(name.removeprefix(JSON)).expanduser())
+    elif source is IDENTITY:
+        task = CustomJSON(IDENTITY.path, name)
+    elif name == "humaneval":
+        task = HumanEval(source.files(), allow_unsandboxed=allow_unsandboxed)
+    else:
+        task = FROM_HUB[name](source.files())
+    return task if limit is None else Slice(task, stop=limit)
+
+
+def source_of(name: str, split: str) -> Source | None:
+    """The data that a task needs; None for one that needs none. ValueError as `make_task`."""
+    if name in FROM_HUB:
+        return HUB_TASKS[name].split(name, split)
+    splits = ("train",) if name == "identity" or name.startswith(JSON) else SPLITS
+    if name not in OF_WORDS and name not in MADE_HERE and splits == SPLITS:
+        raise ValueError(f"there is no task {name!r}; there are {', '.join(task_names())}")
+    if split not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}")
+    if name == "identity":
+        return IDENTITY
+    return WORD_LIST if name in OF_WORDS else None
+
+
+def missing(tasks: Iterable[Named]) -> list[str]:
+    """What data some tasks lack, below the folder of all task data."""
+    sources = [source_of(name, split) for name, split in tasks]
+    return [str(source) for source in lacking(one for one in sources if one is not None)]
+
+
+def prepare(
+    tasks: Iterable[Named], *, offline: bool = False, progress: Progress | None = None
+) -> None:
+    """Fetches what `tasks` lack; offline (also by HF_HUB_OFFLINE=1) that is a ValueError."""
+    tasks = list(tasks)
+    lack = missing(tasks)
+    if not lack:
+        return
+    if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise ValueError(
+            f"{task_data_dir()} lacks {', '.join(lack)}; run scripts/prefetch.py where there is a "
+            "network and copy the folder here"
+        )
+    sources = [source_of(name, split) for name, split in tasks]
+    fetch((one for one in sources if one is not None), progress=progress, wait=True)

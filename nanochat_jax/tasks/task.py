@@ -1,0 +1,161 @@
+"""What a task is: conversations by number, and a judge of completions.
+
+A new verifiable task is one small class: inherit from Task, say `name` and `kind`, and write
+`__len__`, `__getitem__` and `evaluate`. Then registry.py gives it a name on the command line.
+
+A conversation is what the tokenizer renders, {"messages": [{"role": …, "content": …}, …]}, ending
+with the assistant's message that is to be learned. That of a categorical task also has "letters":
+the model's choice is the arg-max over them, each being one token.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+log = logging.getLogger(__name__)
+
+type Conversation = dict[str, Any]
+type Part = dict[str, str]
+
+LETTERS = ("A", "B", "C", "D")
+
+
+class Skipped(NamedTuple):
+    """A row that cannot be used."""
+
+    where: str
+    why: str
+
+
+class Conversations(Protocol):
+    """Conversations by number: what a model is trained on.
+
+    `task[i]` raises IndexError outside 0 … len − 1. `where(i)` says where a conversation is from.
+    `skipped` are the rows that were left out.
+    """
+
+    name: str
+    skipped: Sequence[Skipped] = ()
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Conversation: ...
+
+    def where(self, i: int) -> str:
+        return f"{self.name}, example {i}"
+
+
+class Task(Conversations, Protocol):
+    """Conversations with a judge: what a model is measured on, and rewarded for.
+
+    A completion is the text of the assistant's message, with the markers of its tool calls.
+    """
+
+    kind: Literal["categorical", "generative"]
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether a completion is right."""
+        ...
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """What reinforcement learning pays for it."""
+        return float(self.evaluate(conversation, completion))
+
+
+# ---- making conversations --------------------------------------------------------------------
+
+
+def exchange(question: str, answer: str | list[Part], **more: Any) -> Conversation:
+    """A question and its answer; `more` are further keys of the conversation."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **more}
+
+
+def text(content: str) -> Part:
+    return {"type": "text", "text": content}
+
+
+def python(expression: str, output: str) -> list[Part]:
+    """A call of the calculator, and what it answers."""
+    return [{"type": "python", "text": expression}, {"type": "python_output", "text": output}]
+
+
+def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """The question as all multiple-choice tasks put it.
+
+    The letter follows its choice without a space, so that it is the same token as in the answer.
+    """
+    lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=False)]
+    return (
+        f"Multiple Choice question: {question}\n{''.join(lines)}"
+        "\nRespond only with the letter of the correct answer."
+    )
+
+
+# ---- judging ---------------------------------------------------------------------------------
+
+
+def reference(conversation: Conversation) -> str:
+    """The end of the assistant's last message: its text, or the text of its last part."""
+    content = conversation["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def is_reference(conversation: Conversation, completion: str) -> bool:
+    """The judge of bare letters, and of whatever has one right wording."""
+    return completion.strip() == reference(conversation).strip()
+
+
+# ---- checking --------------------------------------------------------------------------------
+
+
+def check_index(i: int, length: int) -> None:
+    """Ends a loop `for conversation in task`, too."""
+    if not 0 <= i < length:
+        raise IndexError(f"example {i} of {length}")
+
+
+def why_unusable(messages: Any) -> str | None:
+    """What is wrong with somebody's list of messages, or None.
+
+    Turns must be the user's and the assistant's in alternation after at most one system message,
+    none of them empty, and at least one the assistant's.
+    """
+    if not isinstance(messages, list) or not messages:
+        return "no list of messages"
+    if not all(isinstance(message, Mapping) for message in messages):
+        return "a message is not an object with role and content"
+    roles = [message.get("role") for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * len(turns)
+    wrong = next((at for at, role in enumerate(turns) if role != expected[at]), None)
+    if wrong is not None:
+        return f"the {turns[wrong]}'s message where the {expected[wrong]}'s turn is"
+    if "assistant" not in turns:
+        return "no message of the assistant"
+    return next((why for message in messages if (why := _why_not_content(message))), None)
+
+
+def _why_not_content(message: Mapping[str, Any]) -> str | None:
+    content = message.get("content")
+    if message["role"] == "assistant" and isinstance(content, list):
+        if not all(isinstance(part, Mapping) for part in content):
+            return "a part is not an object with type and text"
+        if any(part.get("type") not in ("text", "python", "python_output") for part in content):
+            return "a part that is not text, python or python_output"
+        if not all(isinstance(part.get("text"), str) for part in content):
+            return "a part without a text"
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        return f"the content of the {message['role']}'s message is not a string"
+    return None if content.strip() else f"an empty message of the {message['role']}"
+
+
+def report_skipped(name: str, skipped: Sequence[Skipped], total: int) -> None:
+    """One warning for all rows that were left out; ValueError when there is no other."""
+    if not skipped:
+        return
+    first = f"the first is {skipped[0].where}: {skipped[0].why}"
+    if len(skipped) == total:
+        raise ValueError(f"{name}: none of {total:,} rows can be used; {first}")
+    log.warning("%s: %d of %d rows cannot be used; %s", name, len(skipped), total, first)

@@ -1,0 +1,101 @@
+"""Fetches the data of all later stages at once, to be used here or copied elsewhere.
+
+    python scripts/prefetch.py                      # everything, about 1 GB, mostly SmolTalk
+    python scripts/prefetch.py --stages rl,eval     # only what these stages need
+    python scripts/prefetch.py --tasks gsm8k:train,arc-easy:test
+    python scripts/prefetch.py --offline            # no network: is all there, and unaltered?
+
+All goes to one folder, task_data below the base directory (or NANOCHAT_TASK_DATA), with a manifest
+of sizes and sha256. For a machine without a network, copy the folder and run --offline there; with
+HF_HUB_OFFLINE=1 the stages then never ask the hub. Cut off, the same command goes on where it was.
+The text of pretraining is fetched by scripts/download.py.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from nanochat_jax.config import parse
+from nanochat_jax.data.progress_bar import Bar
+from nanochat_jax.runtime import run_script
+from nanochat_jax.tasks.hub import CORE_BUNDLE, Source, task_data_dir
+from nanochat_jax.tasks.prefetch import check, fetch, lacking, read_manifest
+from nanochat_jax.tasks.registry import source_of
+
+_MIXTURE = "smoltalk:train smoltalk:test mmlu-aux:train mmlu:test gsm8k:train gsm8k:test"
+STAGES = {
+    "midtrain": f"{_MIXTURE} identity:train spellingbee:train".split(),
+    "sft": f"{_MIXTURE} identity:train spelling:train arc-easy:train arc-challenge:train".split(),
+    "rl": ["gsm8k:train", "gsm8k:test"],
+    "eval": [
+        *("arc-easy:test", "arc-challenge:test", "mmlu:test"),
+        *("gsm8k:test", "humaneval:test", "spellingbee:test"),
+    ],
+    "core": [],
+}
+
+
+@dataclass(frozen=True)
+class PrefetchConfig:
+    """What to fetch."""
+
+    stages: str = ",".join(STAGES)
+    """Stages whose data is wanted, with commas between."""
+    tasks: str = ""
+    """Tasks to fetch instead: NAME:SPLIT, with commas between."""
+    offline: bool = False
+    """Fetch nothing: compare what is there with the manifest."""
+    workers: int = 8
+    """Files fetched at the same time."""
+
+
+def main() -> None:
+    config = parse(PrefetchConfig, description=__doc__)
+    sources = wanted_sources(config)
+    if config.offline:
+        report_check(sources)
+        return
+    if lacking(sources):
+        bar = Bar()
+        with bar.shown:
+            fetch(sources, workers=config.workers, progress=bar)
+    sizes = [path.stat().st_size for source in sources for path in source.files()]
+    print(f"{task_data_dir()}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, all there")
+
+
+def wanted_sources(config: PrefetchConfig) -> list[Source]:
+    """The data of the stages, or of the single tasks, without repetition."""
+    if config.tasks:
+        found = [_source(one.strip()) for one in config.tasks.split(",")]
+    else:
+        stages = [one.strip() for one in config.stages.split(",")]
+        unknown = sorted(set(stages) - STAGES.keys())
+        if unknown:
+            raise ValueError(f"--stages knows {', '.join(STAGES)}, not {', '.join(unknown)}")
+        found = [_source(task) for stage in stages for task in STAGES[stage]]
+        found += [CORE_BUNDLE] if "core" in stages else []
+    return list(dict.fromkeys(source for source in found if source is not None))
+
+
+def _source(task: str) -> Source | None:
+    name, _, split = task.rpartition(":")
+    if not name:
+        raise ValueError(f"--tasks wants NAME:SPLIT, for example gsm8k:train, not {task!r}")
+    return source_of(name, split)
+
+
+def report_check(sources: list[Source]) -> None:
+    """Ends with an error when something is missing or altered."""
+    wrong, unknown = check(sources)
+    if unknown:
+        print(f"not in the manifest, so only known to be there: {', '.join(unknown)}")
+    if wrong:
+        where = f"{task_data_dir()} is not complete: {'; '.join(wrong)}"
+        raise ValueError(f"{where}; run scripts/prefetch.py where there is a network, and copy it")
+    print(f"{task_data_dir()}: complete; {len(read_manifest())} files are in the manifest")
+
+
+if __name__ == "__main__":
+    try:
+        run_script(main)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to continue")
