@@ -24,6 +24,7 @@ from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.conversation import stage_of
 from nanochat_jax.serve.server import bind, serve, url_of
 from nanochat_jax.serve.settings import ServeConfig
+from nanochat_jax.sharding import make_mesh
 
 
 def main() -> None:
@@ -38,7 +39,11 @@ def main() -> None:
     start()
     loaded = load_model(run_folder(config.run), config.step)
     scheduler = make_scheduler(
-        loaded, slots=config.slots, chunk=config.chunk, max_queue=config.max_queue
+        loaded,
+        slots=config.slots,
+        chunk=config.chunk,
+        max_queue=config.max_queue,
+        mesh=make_mesh(config.n_devices),
     )
     app = create_app(scheduler, loaded.tokenizer, loaded.meta, config, progress=say)
     say(f"{config.run}, step {loaded.meta['step']}: {NOTES[stage_of(loaded.meta)]}")

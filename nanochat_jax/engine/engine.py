@@ -82,7 +82,7 @@ class Engine:
 
     def use(self, params: Any) -> None:
         """Takes parameters (whole, on one device or the host) and begins with empty rows."""
-        self._weights = self._prepare(params)
+        self._weights = self._prepare(jax.device_put(params, self._whole))
         self.reset()
 
     def reset(self) -> None:

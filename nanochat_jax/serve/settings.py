@@ -18,6 +18,8 @@ class ServeConfig:
     """Port to listen on; 0 takes a free one."""
 
     # the engine
+    n_devices: int | None = None
+    """Devices to use (all): each holds its share of the slots, and the whole model."""
     slots: int = 8
     """Samples that are generated at the same time."""
     chunk: int = 16

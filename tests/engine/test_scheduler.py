@@ -104,7 +104,9 @@ def test_the_rows_of_eight_devices_give_the_same_tokens(scheduler):
         Request(list(range(i + 1, i + 20)), 12, Sampling(seed=i), n=3, stop_ids=(7,))
         for i in range(4)
     ]
-    spread = Scheduler(make_engine(*MODEL, slots=8, chunk=8, mesh=make_mesh(8)))
+    model, params = MODEL
+    on_one = jax.device_put(params, jax.devices()[0])  # where load_model leaves them
+    spread = Scheduler(make_engine(model, on_one, slots=8, chunk=8, mesh=make_mesh(8)))
     for ours, one in zip(spread.generate(many), scheduler.generate(many), strict=True):
         assert tokens_of(ours) == tokens_of(one)
 
