@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpoints
-from nanochat_jax.data.loader import merge_states, val_batches
+from nanochat_jax.data.loader import Batch, merge_states, val_batches
 from nanochat_jax.data.shards import Shards
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.evals.bits_per_byte import evaluate
@@ -66,21 +66,23 @@ def make_evaluate(
     model: GPT,
     mesh: Mesh,
     token_bytes: np.ndarray,
-    rows: Callable[[], Iterable[np.ndarray]],
+    rows: Callable[[], Iterable[Any]],
     stopped: Callable[[], bool] = lambda: False,
+    put: Callable[[Any, int, Mesh], Batch] = put_batch,
 ) -> Callable[[Params], dict[str, float] | None]:
     """The function from a state's parameters to bits per byte over `rows()`; None when stopped.
 
-    `rows` gives this process's rows of each batch, (B, T+1); they must always be the same, and are
-    read once. `stopped` is asked between batches; in a cluster it must always say no.
+    `rows` gives this process's rows of each batch, which `put` brings on the mesh; they must always
+    be the same, and are read once. `stopped` is asked between batches; in a cluster it must always
+    say no.
     """
     eval_step = make_eval_step(model, mesh)
-    kept: list[np.ndarray] = []  # tokenising them again each time would cost more than the model
+    kept: list[Any] = []  # tokenising them again each time would cost more than the model
 
     def run(params: Params) -> dict[str, float] | None:
         if not kept:
             kept.extend(takewhile(lambda _: not stopped(), rows()))
-        batches = (put_batch(part, 1, mesh) for part in kept if not stopped())
+        batches = (put(part, 1, mesh) for part in kept if not stopped())
         result = evaluate(eval_step, params, batches, token_bytes)
         if stopped():
             kept.clear()  # they may not be all
@@ -91,9 +93,19 @@ def make_evaluate(
 
 
 def make_sample(
-    model: GPT, mesh: Mesh, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, seed: int
+    model: GPT,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    n_tokens: int,
+    seed: int,
+    *,
+    chat: bool = False,
 ) -> Callable[[Params], list[tuple[str, str]]]:
-    """The function from a state's parameters to (prompt, completion) pairs; [] but on process 0."""
+    """The function from a state's parameters to (prompt, completion) pairs; [] but on process 0.
+
+    With `chat` the prompts are questions, and the completions the assistant's answers.
+    """
     gather = make_gather(model, mesh)
     engines: list[Engine] = []  # made once: its programs are compiled once
 
@@ -105,10 +117,14 @@ def make_sample(
         if engines:
             engines[0].use(one_device)
         else:
-            engines.append(completion_engine(model, one_device, tokenizer, prompts, n_tokens))
+            engines.append(
+                completion_engine(model, one_device, tokenizer, prompts, n_tokens, chat=chat)
+            )
         engine = engines[0]
         sampling = replace(SAMPLING, seed=seed)
-        texts = complete(engine, tokenizer, prompts, max_new_tokens=n_tokens, sampling=sampling)
+        texts = complete(
+            engine, tokenizer, prompts, max_new_tokens=n_tokens, sampling=sampling, chat=chat
+        )
         engine.release()  # its memory is the training's
         return list(zip(prompts, texts, strict=True))
 

@@ -176,7 +176,7 @@ def load_model(
     ValueError for a folder without checkpoints or without that step.
     """
     with open_checkpoints(run_folder) as checkpoints:
-        chosen = _choose_step(checkpoints, step)
+        chosen = choose_step(checkpoints, step)
         meta = checkpoints.meta(chosen)
         config = GPTConfig(**meta["model"])
         params = checkpoints.restore_params(chosen, _abstract_params(config, mesh))
@@ -195,7 +195,8 @@ def open_checkpoints(run_folder: Path) -> Checkpoints:
     return Checkpoints(run_folder, read_only=True)
 
 
-def _choose_step(checkpoints: Checkpoints, step: int | str | None) -> int:
+def choose_step(checkpoints: Checkpoints, step: int | str | None) -> int:
+    """The step that a number, "last" (also None) or "best" means; ValueError names those there."""
     steps = checkpoints.steps()
     if not steps:
         raise ValueError(f"{checkpoints.folder} holds no finished checkpoint")

@@ -174,6 +174,110 @@ class PretrainConfig:
     """Also report to Weights & Biases; offline writes into the run's folder."""
 
 
+# --- mid-training and supervised fine-tuning ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What mid-training and supervised fine-tuning share.
+
+    None means: what the source run had, or what the recipe of its model says (finetuning.py).
+    """
+
+    run: str = ""
+    """Name of the run: everything goes to runs/NAME; empty is that of the source and the stage."""
+    resume: bool = False
+    """Continue the run from its last checkpoint (from the start where it has none)."""
+    overwrite: bool = False
+    """Delete the run of this name and start it again."""
+
+    # from what
+    source: str = ""
+    """Run, or folder of one, whose model is trained further (the newest that fits)."""
+    source_step: str = "last"
+    """Which of its checkpoints: a step, last or best."""
+    warm_start: bool | None = None
+    """Go on with the optimizer's moments of that checkpoint (2026: yes, 2025: no)."""
+
+    # on what
+    tasks: str = ""
+    """Tasks with commas between; gsm8k*4 is seen four times as often, smoltalk[10000] in part."""
+    val_tasks: str = ""
+    """Tasks to measure on, of their test part (those that are trained on)."""
+    packing: Literal["best-fit", "one-per-row", "stream"] | None = None
+    """How conversations become rows (mid-training: stream; SFT: best-fit, 2025: one-per-row)."""
+    data_streams: int | None = None
+    """Logical streams that the rows of a step are drawn from (8, or what divides the rows)."""
+
+    # for how long
+    epochs: float = 1.0
+    """Passes over the conversations."""
+    num_iterations: int | None = None
+    """Steps, instead."""
+
+    # how
+    device_batch_size: int | None = None
+    """Rows that a device computes at once; the first thing to halve when memory runs out."""
+    total_batch_size: int | None = None
+    """Tokens of a step, padding included (SFT of 2025: 32 rows)."""
+    lr_frac: float | None = None
+    """Learning rates at their highest, as a share of the source's (1.0; SFT 0.8, 2025: 0.02)."""
+    warmup_steps: int = 0
+    """Steps in which the learning rates rise."""
+    warmdown_ratio: float | None = None
+    """Share of the steps, at the end, in which they fall (0.2; SFT 0.5, 2025: 1.0)."""
+    final_lr_frac: float = 0.0
+    """Where they end, as a share of their peak."""
+    embedding_lr: float | None = None
+    """Learning rate of the token embedding, AdamW."""
+    unembedding_lr: float | None = None
+    """Learning rate of the output head, AdamW."""
+    matrix_lr: float | None = None
+    """Learning rate of the matrices of the blocks, Muon."""
+    scalar_lr: float | None = None
+    """Learning rate of the residual scalars, AdamW (2026)."""
+    weight_decay: float = 0.0
+    """Weight decay of Muon (2025: of AdamW)."""
+    grad_clip: float | None = None
+    """Largest global gradient norm; 0 is off."""
+    seed: int = 42
+    """Seed of the samples."""
+
+    # where
+    n_devices: int | None = None
+    """Devices to use (all)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type: bfloat16 on accelerators, float32 on a CPU."""
+    attention: Literal["auto", "blocked", "cudnn"] = "auto"
+    """Attention kernel: cudnn on an NVIDIA GPU with bfloat16, else blocked."""
+
+    # looking at it
+    eval_every: int = 200
+    """Steps between measurements of bits per byte of held-out answers; 0: never."""
+    eval_tokens: int = 20 * 524288
+    """Tokens of rows in each, padding included."""
+    sample_every: int = 400
+    """Steps between answers to a few questions; 0: never."""
+    sample_tokens: int = 48
+    """Tokens of each answer."""
+    save_every: int = 400
+    """Steps between checkpoints, best a multiple of eval_every; 0: only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the one with the lowest validation bits per byte."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also report to Weights & Biases; offline writes into the run's folder."""
+
+
+@dataclass(frozen=True)
+class MidtrainConfig(FinetuneConfig):
+    """Mid-training: what scripts/midtrain.py trains a base model on, and how."""
+
+
+@dataclass(frozen=True)
+class SftConfig(FinetuneConfig):
+    """Fine-tuning: what scripts/sft.py trains a base or mid-trained model on, and how."""
+
+
 def _take_preset(args: list[str]) -> tuple[str | None, list[str]]:
     rest, preset = [], None
     position = 0

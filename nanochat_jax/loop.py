@@ -33,13 +33,14 @@ class LoopConfig:
     """How long, how often, and what a step is worth. An interval of 0 or less means never."""
 
     num_steps: int
-    tokens_per_step: int
+    tokens_per_step: int | None  # None: it varies, the step's metrics tell their "tokens"
     eval_every: int = 0
     sample_every: int = 0
     save_every: int = 0  # besides the end, which is always saved
     lr_multiplier: Callable[[int], float] = lambda step: 1.0
     flops_per_token: float = 0.0
     peak_flops: float | None = None  # of all devices together; None: no MFU
+    at_once: bool = False  # record a step before the next begins: where steps wait for the device
 
     def duties(self, step: int) -> list[str]:
         """What is due once `step` updates have been made, in order."""
@@ -143,6 +144,8 @@ def run_training(
             fed = feed.next()
             state, metrics = train_step(state, fed.batch)
             journal.follow(step, metrics, fed)
+            if config.at_once:
+                journal.settle()
             step += 1
             if journal.counted == 1 or step % COLLECT_EVERY == 0:
                 collect()
@@ -176,6 +179,10 @@ def _measure(state, step: int, actions: Actions, journal: "Journal", tracker: Tr
     result = actions.evaluate(state.params)
     if result is None:
         return
+    if "bpb" not in result:
+        tracker.log("val", step, **result)
+        say(f"step {step:05d} | " + ", ".join(f"{n} {v:.4f}" for n, v in result.items()))
+        return journal.finish("val")
     bpb, best = result["bpb"], journal.progress.best_val_bpb
     best = bpb if best is None else min(best, bpb)
     tracker.log("val", step, **result, best_bpb=best)
@@ -240,15 +247,16 @@ class Journal:
             **values,
             "smoothed_loss": smoothed / (1 - SMOOTHING ** (step + 1)),
             "lr_multiplier": self.config.lr_multiplier(step),
-            "tokens": self.config.tokens_per_step * (step + 1),
-            **self._speed(step, dt, waited),
+            **self._speed(step, self.config.tokens_per_step or values["tokens"], dt, waited),
             "train_seconds": seconds,
         }
+        if self.config.tokens_per_step is not None:
+            record["tokens"] = self.config.tokens_per_step * (step + 1)
         self.tracker.log("train", step, **record)
         say(progress_line(step, self.config.num_steps, record))
 
-    def _speed(self, step: int, dt: float, waited: float) -> dict[str, float]:
-        tokens_per_s = self.config.tokens_per_step / dt
+    def _speed(self, step: int, tokens: float, dt: float, waited: float) -> dict[str, float]:
+        tokens_per_s = tokens / dt
         speed = {"dt": dt, "tokens_per_s": tokens_per_s, "data_wait": waited}
         if self.config.peak_flops and self.config.flops_per_token:
             speed["mfu"] = self.config.flops_per_token * tokens_per_s / self.config.peak_flops
@@ -269,6 +277,8 @@ def progress_line(step: int, num_steps: int, record: dict[str, float]) -> str:
     ]
     if "grad_norm" in record:
         parts.insert(2, f"norm {record['grad_norm']:.4f}")
+    if "reward" in record:
+        parts.insert(1, f"reward {record['reward']:.4f}")
     if "mfu" in record:
         parts.append(f"mfu {100 * record['mfu']:.2f}%")
     if "eta_seconds" in record:

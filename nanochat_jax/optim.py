@@ -56,6 +56,7 @@ class OptimConfig:
     momentum_final: float
     momentum_warmup_steps: int
     batch_lr_scale: float = 1.0
+    lr_frac: float = 1.0  # of all rates, for stages after pretraining
 
     def __post_init__(self):
         if self.recipe not in RECIPES:
@@ -90,15 +91,14 @@ class OptimConfig:
 
 
 def lr_multiplier(config: OptimConfig, step):
-    """What every learning rate is multiplied with: linear up, constant, linear down."""
+    """What every learning rate is multiplied with: linear up, constant, linear down; × lr_frac."""
     xp, step = _within(config, step)
     warmdown = max(_warmdown_steps(config), 1)
     left = (config.num_iterations - step) / warmdown
     down = left + (1 - left) * config.final_lr_frac
     steady = xp.where(step <= config.num_iterations - _warmdown_steps(config), 1.0, down)
-    return _scalar(
-        xp.where(step < config.warmup_steps, (step + 1) / max(config.warmup_steps, 1), steady)
-    )
+    rising = (step + 1) / max(config.warmup_steps, 1)
+    return _scalar(config.lr_frac * xp.where(step < config.warmup_steps, rising, steady))
 
 
 def muon_momentum(config: OptimConfig, step):
@@ -134,6 +134,25 @@ def _within(config: OptimConfig, step) -> tuple[Any, Any]:
 
 def _scalar(value):
     return float(value) if isinstance(value, np.ndarray | np.generic) and not value.ndim else value
+
+
+# --- a state for another schedule -----------------------------------------------------------------
+
+
+def restart_schedules(opt_state):
+    """The state with its moments as they are and every schedule at its beginning.
+
+    Adam's own count stays: it says how much its moments know, not where the run is.
+    """
+
+    def is_adam(node) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
+
+    def restart(node):
+        is_count = not is_adam(node) and jnp.issubdtype(node.dtype, jnp.integer)
+        return jnp.zeros_like(node) if is_count else node
+
+    return jax.tree.map(restart, opt_state, is_leaf=is_adam)
 
 
 # --- the chain -----------------------------------------------------------------------------------

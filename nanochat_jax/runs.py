@@ -6,11 +6,11 @@ saved with every checkpoint and compared when the run is resumed; everything els
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.checkpoint import FOLDER, TOKENIZER_FOLDER
+from nanochat_jax.checkpoint import FOLDER, TOKENIZER_FOLDER, open_checkpoints
 from nanochat_jax.config import base_dir, to_toml
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tracking import FILE
@@ -25,13 +25,25 @@ def run_folder(name: str | Path) -> Path:
     return Path(name).expanduser()
 
 
-def default_run() -> str:
-    """The name of the run that was written to last; ValueError where there is none."""
+def default_run(stages: Sequence[str] = ()) -> str:
+    """The name of the run that was written to last, of those stages; ValueError if there is none.
+
+    No stage named: of any.
+    """
     folder = base_dir() / "runs"
     found = [path for path in folder.glob(f"*/{FOLDER}") if any(path.iterdir())]
-    if not found:
-        raise ValueError(f"there is no run in {folder}; train one: bash speedrun.sh")
-    return max(found, key=lambda path: path.stat().st_mtime).parent.name
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        if not stages or _stage_of(path.parent) in stages:
+            return path.parent.name
+    of = f" of the stage {' or '.join(stages)}" if stages else ""
+    raise ValueError(f"there is no run{of} in {folder}; train one: bash speedrun.sh")
+
+
+def _stage_of(folder: Path) -> str | None:
+    """The stage of a run's last finished checkpoint; None where it has none."""
+    with open_checkpoints(folder) as checkpoints:
+        step = checkpoints.latest()
+        return None if step is None else checkpoints.meta(step).get("stage")
 
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -60,9 +60,9 @@ def read_metrics(run_folder: Path) -> list[Record]:
     return [record for record, _ in _records(run_folder / FILE)]
 
 
-def cut_metrics(run_folder: Path, keep: Callable[[Record], bool]) -> None:
+def cut_metrics(run_folder: Path, keep: Callable[[Record], bool], file: str = FILE) -> None:
     """Removes the records that `keep` refuses, and torn lines, in one atomic replacement."""
-    path = run_folder / FILE
+    path = run_folder / file
     if not path.exists():
         return
     draft = path.with_suffix(".tmp")

@@ -7,7 +7,7 @@ reasons are in docs/architecture.md.
 Shapes: A accumulation steps (micro-batches), B rows, T time, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -35,6 +35,11 @@ from nanochat_jax.sharding import (
 )
 
 Metrics = dict[str, jax.Array]
+
+# (model, weights, micro-batch, denominator) -> this device's part of the loss, a float32 scalar.
+# A micro-batch is a batch without its first axis; the denominator counts the supervised tokens of
+# the whole step, at least 1.
+type Loss = Callable[[GPT, Params, Any, jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
@@ -111,15 +116,25 @@ def state_from_logical(mesh: Mesh, saved: TrainState) -> TrainState:
 
 def put_batch(rows: np.ndarray, accumulation: int, mesh: Mesh) -> Batch:
     """This process's rows (R, T+1) of one step -> Batch of (A, B, T) arrays on the mesh."""
-    micro = rows.reshape(accumulation, -1, rows.shape[-1])
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    put = partial(jax.make_array_from_process_local_data, sharding)
-    return Batch(
-        put(np.ascontiguousarray(micro[..., :-1])), put(np.ascontiguousarray(micro[..., 1:]))
-    )
+    return Batch(*put_arrays((rows[:, :-1], rows[:, 1:]), accumulation, mesh))
+
+
+def put_arrays(
+    arrays: Sequence[np.ndarray], accumulation: int, mesh: Mesh
+) -> tuple[jax.Array, ...]:
+    """This process's rows of one step, (R, …) each -> arrays (A, B, …) on the mesh."""
+    put = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, BATCH_SPEC))
+    micro = (array.reshape(accumulation, -1, *array.shape[1:]) for array in arrays)
+    return tuple(put(np.ascontiguousarray(array)) for array in micro)
 
 
 # --- the steps ------------------------------------------------------------------------------------
+
+
+def cross_entropy(model, weights: Params, micro: Batch, denominator: jax.Array) -> jax.Array:
+    """The loss of every stage that learns to continue text."""
+    losses = model.apply({"params": weights}, micro.inputs_ABT, micro.targets_ABT, method="losses")
+    return jnp.sum(losses) / denominator
 
 
 def make_train_step(
@@ -127,15 +142,17 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     grad_clip: float = 0.0,
+    loss: Loss = cross_entropy,
 ) -> jax.stages.Wrapped:
     """The jitted step (state, batch) -> (state, metrics). The state given in is donated.
 
     Losses are summed over supervised tokens and divided once by their number over all devices and
     micro-batches, so accumulation, devices and masks never change the mathematics; a batch without
-    supervised tokens has loss 0. `grad_clip` > 0 limits the global gradient norm.
+    supervised tokens has loss 0. `grad_clip` > 0 limits the global gradient norm. Another `loss`
+    may come with another batch: any NamedTuple of arrays (A, B, …) that has `targets_ABT`.
     """
     state_specs = specs(abstract_state(model, optimizer, mesh))
-    local = partial(_local_train_step, model, optimizer, mesh.size, grad_clip)
+    local = partial(_local_train_step, model, optimizer, mesh.size, grad_clip, loss)
     sharded = jax.shard_map(
         local,
         mesh=mesh,
@@ -146,10 +163,11 @@ def make_train_step(
     return jax.jit(sharded, donate_argnums=0)
 
 
-def _local_train_step(model, optimizer, n_devices, grad_clip, state: TrainState, batch: Batch):
+def _local_train_step(model, optimizer, n_devices, grad_clip, loss_of, state: TrainState, batch):
     weights = gather_weights(model, state.params)
     supervised = jax.lax.psum(jnp.sum(batch.targets_ABT >= 0), AXIS)
-    loss, gradients = _accumulate(model, weights, batch, jnp.maximum(supervised, 1))
+    denominator = jnp.maximum(supervised, 1)
+    loss, gradients = _accumulate(lambda *of: loss_of(model, *of, denominator), weights, batch)
     with jax.named_scope("scatter_gradients"):
         gradients = scatter_gradients(model, n_devices, gradients)
     norm = _global_norm(gradients)
@@ -167,36 +185,31 @@ def _local_train_step(model, optimizer, n_devices, grad_clip, state: TrainState,
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _accumulate(model, weights, batch: Batch, denominator):
+def _accumulate(loss_of: Callable[[Params, Any], jax.Array], weights: Params, batch: Any):
     """Loss and float32 gradients of this device's rows over all micro-batches.
 
     All but the last run in a scan; the last runs outside it, so that its memory is free for what
     follows and the compiler can overlap. The barrier keeps it from starting before the scan has
     ended, which would hold two micro-batches of activations at once.
     """
-
-    def loss_of(weights, inputs, targets):
-        losses = model.apply({"params": weights}, inputs, targets, method="losses")
-        return jnp.sum(losses) / denominator
-
     grad_of = jax.value_and_grad(loss_of)
-    if batch.inputs_ABT.shape[0] == 1:
-        loss, gradients = grad_of(weights, batch.inputs_ABT[0], batch.targets_ABT[0])
+    if batch.targets_ABT.shape[0] == 1:
+        loss, gradients = grad_of(weights, jax.tree.map(lambda x: x[0], batch))
         return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
 
     def add(total, micro):
         return jax.tree.map(
-            lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, *micro)
+            lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, micro)
         ), None
 
     zero = (
         jnp.zeros((), jnp.float32),
         jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
     )
-    total, _ = jax.lax.scan(add, zero, (batch.inputs_ABT[:-1], batch.targets_ABT[:-1]))
-    last = batch.inputs_ABT[-1], batch.targets_ABT[-1]
+    total, _ = jax.lax.scan(add, zero, jax.tree.map(lambda x: x[:-1], batch))
+    last = jax.tree.map(lambda x: x[-1], batch)
     total, weights, last = jax.lax.optimization_barrier((total, weights, last))
-    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, *last))
+    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, last))
 
 
 def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Params, Batch, jax.Array], Metrics]:

@@ -6,28 +6,31 @@ run that nothing interrupted, whose records the others must repeat exactly.
 
 import contextlib
 import json
-import os
 import random
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from script_runs import (
+    ROOT,
+    Script,
+    document,
+    finish,
+    make_base,
+    n_train_records,
+    wait_for,
+    write_dataset,
+)
 
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import PretrainConfig, from_toml
 from nanochat_jax.pretraining import prepare, pretrain
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.tracking import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 14
 SETTINGS = {
     "depth": 1,  # several devices never divide the stacks, so there is padding
@@ -50,109 +53,18 @@ SETTINGS = {
     "sample_tokens": 4,
     "save_every": 4,
 }
-TIMES = {"dt", "tokens_per_s", "data_wait", "mfu", "eta_seconds", "train_seconds"}
-TEXT = (
-    "the of and to in a is that it was for on are with as his they at be this from have or by one "
-    "had not but what all were when we there can an your which their said if do will each about how"
-)
-WORDS = TEXT.split()
-
-
-def document(rng: random.Random) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 120))) + "."
-
-
-def write_dataset(folder: Path, n_shards: int) -> None:
-    rng = random.Random(0)
-    folder.mkdir(parents=True)
-    for index in range(n_shards):
-        texts = pa.table({"text": [document(rng) for _ in range(100)]})
-        pq.write_table(texts, folder / f"shard_{index:05d}.parquet", row_group_size=20)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    write_dataset(folder / "base_data" / "tiny", 3)
-    rng = random.Random(1)
-    tokenizer = Tokenizer.train((document(rng) for _ in range(300)), vocab_size=300)
-    tokenizer.save(folder / "tokenizer" / "tiny")
-    cache = ROOT / ".pytest_cache" / "jax"  # what conftest.py uses: most runs compile nothing
-    cache.mkdir(parents=True, exist_ok=True)
-    (folder / "jax_cache").symlink_to(cache)
+    make_base(folder)
     return folder
-
-
-class Script:
-    """Runs scripts/pretrain.py with SETTINGS, as so many simulated devices."""
-
-    def __init__(self, base: Path):
-        self.base = base
-
-    def start(self, *flags: str, devices: int = 1, environment=(), **settings) -> subprocess.Popen:
-        flags += tuple(f"--{name}={value}" for name, value in (SETTINGS | settings).items())
-        return self.start_plain(*flags, devices=devices, environment=environment)
-
-    def start_plain(self, *flags: str, devices: int = 1, environment=()) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-W", "error", str(ROOT / "scripts/pretrain.py"), *flags],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "NANOCHAT_BASE_DIR": str(self.base),
-                "JAX_PLATFORMS": "cpu",
-                "PYTHONFAULTHANDLER": "1",
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                **dict(environment),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *flags: str, expect: int = 0, **how) -> str:
-        return finish(self.start(*flags, **how), expect)
-
-    def folder(self, run: str) -> Path:
-        return self.base / "runs" / run
-
-    def trace(self, run: str) -> list[dict]:
-        """The records without what depends on the clock."""
-        return [
-            {name: value for name, value in record.items() if name not in TIMES}
-            for record in read_metrics(self.folder(run))
-        ]
-
-    def losses(self, run: str) -> list[float]:
-        return [record["loss"] for record in self.trace(run) if record["kind"] == "train"]
-
-    def steps(self, run: str) -> set[str]:
-        return {path.name for path in (self.folder(run) / "checkpoints").iterdir()}
-
-
-def finish(process: subprocess.Popen, expect: int) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == expect, output
-    return output
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
-    """Until the condition holds; the process has to live so long."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def n_train_records(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b'"train"') if path.exists() else 0
 
 
 @pytest.fixture(scope="session")
 def script(base) -> Script:
-    return Script(base)
+    return Script(base, "pretrain.py", SETTINGS)
 
 
 @pytest.fixture(scope="session")
@@ -338,7 +250,7 @@ def test_a_changed_run_is_not_continued(here, base, whole, settings, message):
         other.save(base / "tokenizer" / "other")
     with pytest.raises(ValueError, match=message):
         pretrain(config(run="whole", resume=True, **settings))
-    assert Script(base).trace("whole") == whole
+    assert Script(base, "pretrain.py", SETTINGS).trace("whole") == whole
 
 
 def test_overwrite_starts_again_and_samples_are_kept(here, script, whole):

@@ -15,7 +15,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ from nanochat_jax.data.streams import (
     Encoder,
     Layout,
     Stream,
-    StreamState,
     stream_text,
 )
 
@@ -88,38 +87,40 @@ class Counters:
 
 
 class PackedRowsIterator(grain.DatasetIterator):
-    """Lets every stream of this process give its rows, step by step."""
+    """Lets every stream of this process give its rows, step by step, and stacks them."""
 
     def __init__(
         self,
         encoded: Sequence[grain.DatasetIterator],
-        streams: Mapping[int, Stream],
+        streams: Mapping[int, Any],
         counters: Counters,
+        stack: Callable[[list[Any]], Any] = np.stack,
     ) -> None:
         super().__init__(encoded)
         self._streams = streams
         self._counters = counters
+        self._stack = stack
         self._step = 0
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> Any:
         started = time.perf_counter()
-        rows = np.stack([row for stream in self._streams.values() for row in stream.rows()])
+        streams = self._streams.values()
+        rows = self._stack([row for stream in streams for row in stream.rows()])
         self._step += 1
-        packers = [stream.packer for stream in self._streams.values()]
         self._counters.seconds += time.perf_counter() - started
-        self._counters.used_tokens = sum(packer.used_tokens for packer in packers)
-        self._counters.cropped_tokens = sum(packer.cropped_tokens for packer in packers)
+        self._counters.used_tokens = sum(stream.used_tokens for stream in streams)
+        self._counters.cropped_tokens = sum(stream.cropped_tokens for stream in streams)
         return rows
 
     def get_state(self) -> dict[str, Any]:
-        """Steps made, and a StreamState for each stream."""
+        """Steps made, and a state (with `to_json`) for each stream."""
         return {
             "step": self._step,
             "streams": {str(index): stream.state() for index, stream in self._streams.items()},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Accepts what `get_state` gave, its StreamStates as they are or as JSON."""
+        """Accepts what `get_state` gave, the streams' states as they are or as JSON."""
         missing = [index for index in self._streams if str(index) not in state["streams"]]
         if missing:
             raise ValueError(
@@ -127,10 +128,10 @@ class PackedRowsIterator(grain.DatasetIterator):
                 "processes, see merge_states"
             )
 
-        def restore(item: tuple[int, Stream]) -> None:
+        def restore(item: tuple[int, Any]) -> None:
             index, stream = item
             saved = state["streams"][str(index)]
-            stream.restore(saved.to_json() if isinstance(saved, StreamState) else saved)
+            stream.restore(saved if isinstance(saved, Mapping) else saved.to_json())
 
         with ThreadPoolExecutor(len(self._streams)) as pool:
             list(pool.map(restore, self._streams.items()))
@@ -145,14 +146,15 @@ class PackedRowsIterator(grain.DatasetIterator):
                     executor.shutdown(wait=True, cancel_futures=True)
 
 
-class RowLoader(Iterator[np.ndarray]):
-    """Hands out one process's rows of each step, (rows // process_count, T+1) int32.
+class RowLoader(Iterator[Any]):
+    """Hands out one process's rows of each step: of text (rows // process_count, T+1) int32, of
+    conversations as conversations.py says.
 
     A thread keeps `prefetch` steps ready. `get_state()` describes what comes after the last step
     handed out, whatever has been prepared beyond it. Close it, or use it in a `with`.
     """
 
-    def __init__(self, dataset: PackedRows, identity: dict[str, Any], prefetch: int) -> None:
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], prefetch: int) -> None:
         self._counters = dataset.counters
         self._identity = identity
         self._prefetch = prefetch
@@ -175,7 +177,7 @@ class RowLoader(Iterator[np.ndarray]):
             raise ValueError("this data loader is closed")
         return self._open[0]
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> Any:
         started = time.perf_counter()
         try:
             rows = next(self._iterator)

@@ -131,6 +131,14 @@ class Stream:
         row_len = self._layout.sequence_len + 1
         self.packer = BestFitPacker(row_len, self._layout.buffer_docs, self._refill)
 
+    @property
+    def used_tokens(self) -> int:
+        return self.packer.used_tokens
+
+    @property
+    def cropped_tokens(self) -> int:
+        return self.packer.cropped_tokens
+
     def rows(self) -> list[np.ndarray]:
         """This stream's part of a step."""
         return [self.packer.row() for _ in range(self._layout.rows // self._layout.streams)]

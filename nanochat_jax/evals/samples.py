@@ -23,7 +23,7 @@ PROMPTS = (
 QUESTIONS = (
     "Who are you?",
     "What is 12 * 7?",
-    "How many times does the letter e occur in the word engineer?",
+    "How many times does the letter e occur in engineer?",
     "Why is the sky blue?",
 )
 

@@ -1,0 +1,449 @@
+"""Conversations as training rows: rendered, arranged in one of three ways, masked, padded.
+
+    best-fit      whole conversations, the largest that fits first; the rest of a row is padding
+    one-per-row   one conversation a row, the rest padding
+    stream        conversations as one endless text, cut into rows; every token is learned
+
+As with text (loader.py), conversations are divided among a fixed number S of logical streams:
+stream s takes the conversations s, s+S, s+2S, … of their endless repetition and gives rows
+s·R/S … (s+1)·R/S−1 of each step of R rows. So rows depend on the conversations, R, T and S alone,
+and a stream continues exactly from the number of its next conversation and of those that it holds.
+
+A conversation longer than a row is cut after the last answer that fits, or dropped. Rows of a
+stream without anything to learn are skipped, so no step is without supervised tokens. All of it is
+counted, in the step in which it happens.
+
+Shapes: R rows, T time, C the counts of COUNTS.
+"""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from nanochat_jax.data.loader import Counters, PackedRowsIterator, RowLoader
+from nanochat_jax.data.packing import FitBuffer
+from nanochat_jax.data.streams import Layout
+from nanochat_jax.tokenizer import Tokenizer
+
+COUNTS = ("padding", "dropped", "cut", "skipped")  # tokens, conversations, conversations, rows
+PADDING, DROPPED, CUT, SKIPPED = range(len(COUNTS))
+BUFFER = 100  # conversations that best-fit chooses among, as in the original
+AHEAD = 16  # conversations that each stream has rendered before they are needed
+SAMPLE = 2048  # conversations that stand for all when the length of a pass is estimated
+
+log = logging.getLogger(__name__)
+
+type Packing = Literal["best-fit", "one-per-row", "stream"]
+type Render = Callable[[Any], tuple[Sequence[int], Sequence[int]]]
+
+
+class Rows(NamedTuple):
+    """One process's rows of a step, int32; target −1 is ignored."""
+
+    inputs_RT: np.ndarray
+    targets_RT: np.ndarray
+    counts_RC: np.ndarray  # what happened on the way to each row
+
+
+# ---- rendering -------------------------------------------------------------------------------
+
+
+class Conversations(Protocol):
+    """What this file asks of tasks (tasks/task.py)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Any: ...
+    def where(self, i: int) -> str: ...
+
+
+class Rendered(NamedTuple):
+    """A conversation as tokens; none at all where it was dropped."""
+
+    ids: np.ndarray  # int32
+    mask: np.ndarray  # bool: learned
+    is_cut: bool = False
+
+
+NOTHING = Rendered(np.zeros(0, np.int32), np.zeros(0, bool))
+
+
+class Rendering:
+    """The conversations of `tasks` as tokens that suit a packing, by number, for any thread.
+
+    `render` gives ids and mask of a conversation, `end_id` ends each answer in the ids.
+    """
+
+    def __init__(
+        self, tasks: Conversations, render: Render, end_id: int, packing: Packing, row_len: int
+    ):
+        if not len(tasks):
+            raise ValueError("the tasks have no conversation at all; name others with --tasks")
+        self.packing, self.row_len = packing, row_len
+        self._tasks, self._render, self._end_id = tasks, render, end_id
+        self._has_warned = False
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, i: int) -> Rendered:
+        i = int(i)
+        try:
+            ids, mask = self._render(self._tasks[i])
+        except ValueError as error:
+            if not self._has_warned:
+                log.warning("%s is left out: %s", self._tasks.where(i), error)
+            self._has_warned = True
+            return NOTHING
+        tokens, is_learned = np.asarray(ids, np.int32), np.asarray(mask, bool)
+        if self.packing == "stream":
+            return Rendered(tokens, np.ones_like(is_learned))
+        return cut_to_row(tokens, is_learned, self.row_len, self._end_id)
+
+
+def render_tasks(
+    tasks: Conversations, tokenizer: Tokenizer, packing: Packing, sequence_len: int
+) -> Rendering:
+    """The conversations of tasks in the chat format, for rows of `sequence_len` inputs."""
+    return Rendering(
+        tasks,
+        lambda conversation: tokenizer.render_conversation(conversation, max_tokens=sys.maxsize),
+        tokenizer.special_id("<|assistant_end|>"),
+        packing,
+        sequence_len + 1,
+    )
+
+
+def cut_to_row(ids: np.ndarray, mask: np.ndarray, row_len: int, end_id: int) -> Rendered:
+    """The conversation up to the last answer that ends within the row; nothing if none does."""
+    if len(ids) <= row_len:
+        return Rendered(ids, mask)
+    ends = np.flatnonzero(ids[:row_len] == end_id)
+    if not len(ends):
+        return NOTHING
+    return Rendered(ids[: ends[-1] + 1], mask[: ends[-1] + 1], is_cut=True)
+
+
+# ---- filling rows ----------------------------------------------------------------------------
+
+
+class Held(NamedTuple):
+    """A conversation that a stream has taken; `visit` counts those that it took before."""
+
+    visit: int
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+type Take = Callable[[], Held]
+type Filled = tuple[np.ndarray, np.ndarray]  # ids and mask of at most one row
+
+
+class Packer(Protocol):
+    """Fills rows with conversations; what it holds between two rows is its whole state."""
+
+    offset: int  # tokens of the one held that are used up; of the stream
+
+    def fill(self, take: Take) -> Filled: ...
+    def held(self) -> list[Held]: ...
+    def hold(self, conversations: Sequence[Held]) -> None: ...
+
+
+class BestFit:
+    """Repeatedly the largest of the waiting conversations that fits, the earliest among equals."""
+
+    def __init__(self, row_len: int, buffer: int) -> None:
+        self._row_len, self._size = row_len, buffer
+        self._buffer: FitBuffer[Held] = FitBuffer()
+        self.offset = 0
+
+    def fill(self, take: Take) -> Filled:
+        chosen: list[Held] = []
+        room = self._row_len
+        while room:
+            while len(self._buffer) < self._size:
+                self.hold([take()])
+            best = self._buffer.pop_largest(at_most=room)
+            if best is None:
+                break
+            chosen.append(best)
+            room -= len(best.ids)
+        return np.concatenate([c.ids for c in chosen]), np.concatenate([c.mask for c in chosen])
+
+    def held(self) -> list[Held]:
+        return self._buffer.in_order()
+
+    def hold(self, conversations: Sequence[Held]) -> None:
+        for conversation in conversations:
+            self._buffer.add(len(conversation.ids), conversation)
+
+
+class OnePerRow:
+    """Each conversation has a row of its own."""
+
+    offset = 0
+
+    def fill(self, take: Take) -> Filled:
+        conversation = take()
+        return conversation.ids, conversation.mask
+
+    def held(self) -> list[Held]:
+        return []
+
+    def hold(self, conversations: Sequence[Held]) -> None:
+        assert not conversations
+
+
+class TokenStream:
+    """One endless text; the last token of a row, never an input there, begins the next one."""
+
+    def __init__(self, row_len: int) -> None:
+        self._row_len = row_len
+        self._held: list[Held] = []  # the conversation that the next row begins in
+        self.offset = 0
+
+    def fill(self, take: Take) -> Filled:
+        parts: list[Filled] = []
+        room = self._row_len
+        while room:
+            if not self._held or self.offset == len(self._held[0].ids):
+                self._held, self.offset = [take()], 0
+            used = slice(self.offset, self.offset + room)
+            parts.append((self._held[0].ids[used], self._held[0].mask[used]))
+            self.offset += len(parts[-1][0])
+            room -= len(parts[-1][0])
+        self.offset -= 1
+        ids, masks = zip(*parts, strict=True)
+        return np.concatenate(ids), np.concatenate(masks)
+
+    def held(self) -> list[Held]:
+        return list(self._held)
+
+    def hold(self, conversations: Sequence[Held]) -> None:
+        self._held = list(conversations)
+
+
+def make_packer(packing: Packing, row_len: int, buffer: int) -> Packer:
+    if packing == "best-fit":
+        return BestFit(row_len, buffer)
+    return OnePerRow() if packing == "one-per-row" else TokenStream(row_len)
+
+
+# ---- one logical stream ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConversationState:
+    """What a stream will do next; the fields are those of its JSON."""
+
+    next: int
+    held: tuple[int, ...]
+    offset: int
+    tokens: int  # of those held: other conversations or another tokenizer give another number
+
+    def __deepcopy__(self, memo: dict) -> "ConversationState":
+        return self  # immutable; grain copies the state of every step
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "held": list(self.held)}
+
+
+class ConversationStream:
+    """Takes its conversations in order and makes its part of every step's rows of them."""
+
+    def __init__(
+        self,
+        index: int,
+        layout: Layout,
+        source: Rendering,
+        rendered: grain.DatasetIterator,
+        pad_id: int,
+    ) -> None:
+        self._index, self._layout, self._source = index, layout, source
+        self._rendered, self._pad_id = rendered, pad_id
+        self.used_tokens = self.cropped_tokens = 0  # cropped is text, never a conversation
+        self._start(0)
+
+    def _start(self, visit: int) -> None:
+        self._next = visit
+        self._rendered.set_state({"next_index": visit})
+        self._counts = np.zeros(len(COUNTS), np.int32)
+        self._packer = make_packer(
+            self._source.packing, self._layout.sequence_len + 1, self._layout.buffer_docs
+        )
+
+    @property
+    def used(self) -> int:
+        """How many conversations rows were made of, or nothing could be made of."""
+        return self._next - len(self._packer.held())
+
+    def rows(self) -> list[Rows]:
+        """This stream's part of a step (each without the axis R), with something to learn in it."""
+        for _ in range(len(self._source) + 1):
+            rows = [self._row() for _ in range(self._layout.rows // self._layout.streams)]
+            if any((row.targets_RT >= 0).any() for row in rows):
+                self._counts[PADDING] = sum(int(row.counts_RC[PADDING]) for row in rows)
+                rows[0] = rows[0]._replace(counts_RC=self._counts)
+                rows[1:] = [row._replace(counts_RC=0 * self._counts) for row in rows[1:]]
+                self._counts = np.zeros(len(COUNTS), np.int32)
+                return rows
+            self._counts[SKIPPED] += len(rows)
+        raise ValueError("the conversations have nothing to learn: no message of the assistant")
+
+    def _row(self) -> Rows:
+        length, content = self._layout.sequence_len, self._packer.fill(self._take)
+        ids = np.full(length + 1, self._pad_id, np.int32)
+        is_learned = np.zeros(length + 1, bool)
+        filled = len(content[0])
+        ids[:filled], is_learned[:filled] = content
+        counts = np.zeros(len(COUNTS), np.int32)
+        counts[PADDING] = max(length - filled, 0)
+        self.used_tokens += min(filled, length)
+        return Rows(ids[:-1], np.where(is_learned, ids, -1)[1:], counts)
+
+    def _take(self) -> Held:
+        """The next conversation that is not dropped."""
+        for _ in range(len(self._source)):
+            rendered = next(self._rendered)
+            self._next += 1
+            self._counts[CUT] += rendered.is_cut
+            if len(rendered.ids):
+                return Held(self._next - 1, rendered.ids, rendered.mask)
+            self._counts[DROPPED] += 1
+        raise ValueError(
+            f"none of {len(self._source):,} conversations can be used in rows of "
+            f"{self._layout.sequence_len} tokens: their first answers end beyond that"
+        )
+
+    def state(self) -> ConversationState:
+        held = self._packer.held()
+        tokens = sum(len(conversation.ids) for conversation in held)
+        visits = tuple(conversation.visit for conversation in held)
+        return ConversationState(self._next, visits, self._packer.offset, tokens)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from `ConversationState.to_json()`; ValueError when they are others now."""
+        self._start(state["next"])
+        found = [(visit, self._source[self._number(visit)]) for visit in state["held"]]
+        if sum(len(rendered.ids) for _, rendered in found) != state["tokens"]:
+            raise ValueError(
+                "the conversations of the saved data state have other lengths now: resume with the "
+                "tokenizer and the task data that the run was started with"
+            )
+        self._packer.hold([Held(visit, rendered.ids, rendered.mask) for visit, rendered in found])
+        self._packer.offset = state["offset"]
+
+    def _number(self, visit: int) -> int:
+        return (self._index + visit * self._layout.streams) % len(self._source)
+
+
+# ---- all streams of one process --------------------------------------------------------------
+
+
+class ConversationRows(grain.IterDataset):
+    """A dataset whose elements are one process's `Rows` of a step."""
+
+    def __init__(self, source: Rendering, layout: Layout, owned: range, pad_id: int) -> None:
+        super().__init__([_rendered(source, index, layout.streams) for index in owned])
+        self.counters = Counters()
+        self._owned = owned
+        self._arguments = (layout, source)
+        self._pad_id = pad_id
+
+    def __iter__(self) -> PackedRowsIterator:
+        rendered = [parent.__iter__() for parent in self.parents]
+        streams = {
+            index: ConversationStream(index, *self._arguments, iterator, self._pad_id)
+            for index, iterator in zip(self._owned, rendered, strict=True)
+        }
+        return PackedRowsIterator(rendered, streams, self.counters, stack_rows)
+
+
+def stack_rows(rows: Sequence[Rows]) -> Rows:
+    return Rows(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+
+
+def _rendered(source: Rendering, index: int, streams: int) -> grain.IterDataset:
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
+    endless = grain.MapDataset.source(source).repeat(reseed_each_epoch=False)
+    return endless[index::streams].to_iter_dataset(options)
+
+
+def conversation_loader(
+    source: Rendering,
+    pad_id: int,
+    *,
+    rows: int,
+    streams: int = 8,
+    buffer: int = BUFFER,
+    process_index: int = 0,
+    process_count: int = 1,
+    state: Mapping[str, Any] | None = None,
+    prefetch: int = 3,
+) -> RowLoader:
+    """Endless `Rows`, rows // process_count of them a step.
+
+    `rows` counts the whole step over all processes and micro-batches. `state` comes from
+    `get_state` (or `merge_states`). ValueError for a layout that does not divide, a state of other
+    data, or conversations that cannot be used.
+    """
+    layout = Layout(rows, source.row_len - 1, streams, buffer)
+    owned = layout.owned_streams(process_index, process_count)
+    identity = {
+        "version": 1,
+        "layout": asdict(layout),
+        "packing": source.packing,
+        "data": f"{len(source)} conversations",
+    }
+    loader = RowLoader(ConversationRows(source, layout, owned, pad_id), identity, prefetch)
+    if state is not None:
+        loader.set_state(state)
+    loader.start()
+    return loader
+
+
+def first_batches(source: Rendering, pad_id: int, n_batches: int, **layout: Any) -> Iterator[Rows]:
+    """The first `n_batches` of `conversation_loader(source, pad_id, **layout)`."""
+    with conversation_loader(source, pad_id, **layout) as loader:
+        for _ in range(n_batches):
+            yield next(loader)
+
+
+class Pass(NamedTuple):
+    """What one pass over conversations amounts to, as far as a sample of them tells."""
+
+    conversations: int
+    rows: float  # an estimate unless all were looked at
+    padding_share: float
+    looked_at: int
+    counts: dict[str, int]  # COUNTS of those looked at
+    digest: str  # of the rows looked at
+
+
+def look_ahead(source: Rendering, pad_id: int, sample: int = SAMPLE, buffer: int = BUFFER) -> Pass:
+    """Makes rows of the first `sample` conversations, to know how many all of them will make."""
+    layout = Layout(1, source.row_len - 1, 1, buffer)
+    iterator = _rendered(source, 0, 1).__iter__()
+    stream = ConversationStream(0, layout, source, iterator, pad_id)
+    n_rows, counts, digest = 0, np.zeros(len(COUNTS), np.int64), hashlib.sha256()
+    try:
+        while stream.used < min(sample, len(source)):
+            row = stream.rows()[0]
+            n_rows += 1
+            counts += row.counts_RC
+            digest.update(row.inputs_RT.tobytes() + row.targets_RT.tobytes())
+    finally:
+        iterator.close()
+    return Pass(
+        len(source),
+        n_rows * len(source) / stream.used,
+        counts[PADDING] / (n_rows * layout.sequence_len),
+        stream.used,
+        dict(zip(COUNTS, counts.tolist(), strict=True)),
+        digest.hexdigest()[:16],
+    )

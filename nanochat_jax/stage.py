@@ -1,0 +1,283 @@
+"""A stage of training from its first check to its last checkpoint: what all stages share.
+
+pretraining.py and finetuning.py decide what is trained, on what; `run_stage` does the rest: checks
+the run's folder, restores, trains, saves, and says how it ended. scripts/<name>.py is the command
+line of a stage.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import gcd, lcm
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from nanochat_jax.actions import make_save, merge_over_processes
+from nanochat_jax.checkpoint import Checkpoints, model_meta
+from nanochat_jax.data.streams import Layout
+from nanochat_jax.devices import peak_flops
+from nanochat_jax.gpt import GPT, Params
+from nanochat_jax.loop import (
+    Actions,
+    Feed,
+    LoopConfig,
+    NonFiniteError,
+    Outcome,
+    Progress,
+    StopRequest,
+    run_training,
+    stop_on_signals,
+)
+from nanochat_jax.report import Meter, record
+from nanochat_jax.runs import CONFIG_FILE, check_free, check_same, describe, make_ready
+from nanochat_jax.runtime import is_main_process, provenance, say, wait_for_all
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tracking import Tracker, cut_metrics
+from nanochat_jax.train import Metrics, TrainState, abstract_logical_state, state_from_logical
+
+STREAMS = 8  # logical data streams, where the rows of a step allow it
+NON_FINITE_FILE = "nonfinite.json"
+
+
+class Loader(Protocol):
+    """What a stage's batches are made from; used in a `with`."""
+
+    def __next__(self) -> Any: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+type Evaluate = Callable[[Params], dict[str, float] | None]
+type Sample = Callable[[Params], list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage decided, and nothing of it begun: what costs time are functions."""
+
+    name: str  # of the script, and in the meta of checkpoints
+    config: Any  # the stage's dataclass; has run, resume, overwrite, keep_last, wandb
+    folder: Path
+    model: GPT
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    tokenizer: Tokenizer
+    loop: LoopConfig
+    identity: dict[str, Any]  # all that decides the numbers; equal before and after a resume
+    plan: dict[str, Any]  # the first record of metrics.jsonl
+    announce: Callable[[], None]  # says what will be done
+    fresh_state: Callable[[], TrainState]
+    loader: Callable[[dict[str, Any] | None], Loader]  # from its saved state
+    put: Callable[[Any], Any]  # rows of the loader -> a batch on the mesh
+    train_step: Callable[[], Callable[[TrainState, Any], tuple[TrainState, Metrics]]]
+    evaluate: Callable[[Callable[[], bool]], Evaluate]  # given whether the run is asked to stop
+    sample: Callable[[], Sample]
+    try_it: str  # the command to try the finished model with
+    meta: dict[str, Any] | None = None  # more to say in checkpoints
+    facts: Callable[[], dict[str, int | float]] = dict  # more to say at the end
+
+
+def run_stage(stage: Stage) -> int:
+    """Trains, or goes on training; returns the exit code."""
+    check_free(stage.folder, stage.config.resume, stage.config.overwrite)
+    wait_for_all("checked")
+    if is_main_process():
+        make_ready(stage.folder, stage.config.overwrite)
+        stage.announce()
+    meter = Meter(stage.folder, stage.name)
+    wait_for_all("ready")
+    with Checkpoints(stage.folder, stage.config.keep_last) as checkpoints:
+        start = begin(stage, checkpoints)
+        tracker = Tracker(
+            stage.folder,
+            name=stage.config.run,
+            config=asdict(stage.config),
+            wandb_mode=stage.config.wandb,
+            write=is_main_process(),
+        )
+        try:
+            with stop_on_signals() as stop, start.loader:
+                outcome = _train(stage, start, checkpoints, tracker, stop)
+                checkpoints.wait()  # while signals are still caught
+        except NonFiniteError as error:
+            return _report_non_finite(stage, error)
+        finally:
+            tracker.close()
+    _report_end(stage, outcome, meter)
+    return 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins: at step 0, or where a checkpoint left off."""
+
+    state: TrainState
+    progress: Progress
+    loader: Loader
+
+
+def begin(stage: Stage, checkpoints: Checkpoints) -> Start:
+    """A fresh state, or the last checkpoint's when resuming. Resuming in this order:
+
+    1. the identity is compared before anything is touched; 2. the arrays; 3. the data pipeline;
+    4. the records beyond the checkpoint are cut off; 5. configuration and tokenizer are written.
+    """
+    step = checkpoints.latest()
+    meta = checkpoints.meta(step) if step is not None else {}
+    loader_state = checkpoints.loader_state(step) if step is not None else None
+    if step is None:
+        state, progress = stage.fresh_state(), Progress()
+    else:
+        check_same(stage.folder, meta["identity"], stage.identity)
+        abstract = abstract_logical_state(stage.model, stage.optimizer, stage.mesh)
+        state = state_from_logical(stage.mesh, checkpoints.restore(step, abstract))
+        progress = Progress(**{**meta["progress"], "done": tuple(meta["progress"]["done"])})
+    loader = stage.loader(loader_state)
+    if is_main_process():
+        cut_metrics(stage.folder, partial(_is_before, step, progress.done))
+        describe(
+            stage.folder, replace(stage.config, resume=False, overwrite=False), stage.tokenizer
+        )
+    if stage.config.resume:
+        say(f"resuming at step {step}" if step else "nothing to resume yet: starting at step 0")
+    return Start(state, progress, loader)
+
+
+def _is_before(step: int | None, done: tuple[str, ...], record: dict[str, Any]) -> bool:
+    if step is None:
+        return False
+    return record["step"] < step or (record["step"] == step and record["kind"] in done)
+
+
+def _train(
+    stage: Stage, start: Start, checkpoints: Checkpoints, tracker: Tracker, stop: StopRequest
+) -> Outcome:
+    if int(start.state.step) == 0:
+        tracker.log("plan", 0, **stage.plan)
+    actions = Actions(
+        evaluate=stage.evaluate(lambda: stop.signal is not None),
+        sample=stage.sample(),
+        save=make_save(
+            stage.model,
+            stage.optimizer,
+            stage.mesh,
+            checkpoints,
+            start.loader.get_state,
+            partial(describe_checkpoint, stage, provenance()),
+        ),
+    )
+    feed = Feed(start.loader, stage.put)
+    return run_training(
+        stage.loop, start.state, stage.train_step(), feed, actions, tracker, start.progress, stop
+    )
+
+
+# --- what stages decide alike ---------------------------------------------------------------------
+
+
+def streams_for(rows: int, asked: int | None) -> int:
+    """Logical data streams for a step of so many rows; ValueError where processes cannot share."""
+    streams = asked or gcd(lcm(STREAMS, jax.process_count()), rows)
+    layout = Layout(rows, sequence_len=1, streams=streams, buffer_docs=0)
+    layout.owned_streams(jax.process_index(), jax.process_count())
+    return streams
+
+
+def loop_config(config: Any, mesh: Mesh, **how: Any) -> LoopConfig:
+    """The intervals of a stage's configuration, the speed of its devices, and `how` it goes."""
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return LoopConfig(
+        eval_every=config.eval_every,
+        sample_every=config.sample_every,
+        save_every=config.save_every,
+        peak_flops=peak * mesh.size if peak else None,
+        **how,
+    )
+
+
+def digest(value: Any) -> str:
+    """A short name for JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer decides the numbers of a run."""
+    ranks = b"".join(len(token).to_bytes(4) + token for token in tokenizer.ranks)
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "tokens": hashlib.sha256(ranks).hexdigest()[:16],
+        "pattern": digest(tokenizer.pattern),
+    }
+
+
+# --- what a stage says and saves of itself --------------------------------------------------------
+
+
+def describe_checkpoint(
+    stage: Stage, made_by: dict[str, Any], step: int, progress: Progress
+) -> dict[str, Any]:
+    """The meta of a checkpoint: all of a run that is neither an array nor the data's state."""
+    return {
+        "format": 1,
+        "stage": stage.name,
+        "step": step,
+        **model_meta(stage.model.config),
+        "val_bpb": progress.val_bpb if "val" in progress.done else None,
+        "progress": asdict(progress),
+        "identity": stage.identity,
+        "config": asdict(stage.config),
+        "plan": stage.plan,
+        "provenance": made_by,
+        **(stage.meta or {}),
+    }
+
+
+def _report_non_finite(stage: Stage, error: NonFiniteError) -> int:
+    """Writes down which batch it was; returns the exit code."""
+    path = stage.folder / NON_FINITE_FILE
+    record = {
+        "step": error.step,
+        "what": error.what,
+        "loader": merge_over_processes(error.origin),
+    }
+    if is_main_process():
+        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        print(
+            f"error: {error}; {path} describes the batch. Nothing was overwritten: --resume goes "
+            "on from the last checkpoint, with a lower learning rate only as another --run",
+            file=sys.stderr,
+        )
+    return 1
+
+
+def _report_end(stage: Stage, outcome: Outcome, meter: Meter) -> None:
+    step, progress, planned = int(outcome.state.step), outcome.progress, stage.loop.num_steps
+    best = f", best {progress.best_val_bpb:.6f} bits per byte" if progress.best_val_bpb else ""
+    minutes = f"{progress.train_seconds / 60:.2f} min of training"
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    per_step = stage.loop.tokens_per_step
+    tokens = f", {step * per_step:,} tokens" if per_step else ""
+    say(f"{step} steps{tokens}, {minutes}{best}")
+    if memory:
+        say(f"peak memory {memory / 2**30:.2f} GiB a device")
+    if is_main_process():
+        facts = stage.facts()
+        told = {"steps": step, "best_bpb": progress.best_val_bpb, **facts, **meter.read()}
+        record(stage.folder, stage.name, {n: v for n, v in told.items() if v is not None})
+        if facts:
+            say(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
+    if step == planned:
+        say(f"finished; try it: {stage.try_it}")
+    elif outcome.stopped_by:
+        say(
+            f"stopped by {outcome.stopped_by} after step {step} of {planned}; saved. Continue "
+            f"with: python scripts/{stage.name}.py --config {stage.folder / CONFIG_FILE} --resume"
+        )

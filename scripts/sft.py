@@ -1,0 +1,28 @@
+"""Supervised fine-tuning: a base or mid-trained model learns to answer.
+
+    python scripts/sft.py                                    # the newest run that fits
+    python scripts/sft.py --source d24 --tasks "smoltalk,mmlu-aux*3,gsm8k*4"
+    python scripts/sft.py --source cpu --tasks arithmetic,identity-local
+    python scripts/sft.py --source d24 --tasks json:my.jsonl --run mine
+    python scripts/sft.py --config runs/d24-sft/config.toml --resume
+
+Without --tasks it takes those of the recipe where their data is there (scripts/prefetch.py), and
+otherwise tasks that the program makes itself. Everything goes to runs/NAME (d24 gives d24-sft).
+SIGTERM and Ctrl-C save and end the run; --resume continues it, bit for bit on a CPU.
+"""
+
+import sys
+
+from nanochat_jax.config import SftConfig, parse
+from nanochat_jax.finetuning import finetune
+from nanochat_jax.runtime import run_script, start
+
+
+def main() -> None:
+    config = parse(SftConfig, description=__doc__)
+    start()
+    sys.exit(finetune("sft", config))
+
+
+if __name__ == "__main__":
+    run_script(main)
