@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained base model, in one command.
+# From nothing to a model that chats, and its report card, in one command.
 #   bash speedrun.sh                     the preset that fits this machine (no GPU: configs/cpu.toml)
 #   bash speedrun.sh --preset d20_2025   another one of configs/
 #   bash speedrun.sh --plan              only says what it would do and cost
@@ -46,19 +46,36 @@ say "Preset $preset; everything goes to $NANOCHAT_BASE_DIR"
 "$PYTHON" scripts/plan.py --config "$preset" --no-compile
 if [ -n "$plan_only" ]; then exit 0; fi
 
+# Whether the preset speaks of a stage.
+has() { grep -q "^\[$1\]" "configs/$preset.toml"; }
+
+# train STAGE RUN: a stage that trains. One that was stopped has been saved and ends well too, but it
+# is not finished.
+train() {
+    stage "$1" "scripts/$1.py" --config "$preset" --resume
+    local folder="$NANOCHAT_BASE_DIR/runs/$2" planned
+    planned=$(sed -n '1s/.*"num_iterations": \([0-9]*\).*/\1/p' "$folder/metrics.jsonl")
+    if [ -d "$folder/checkpoints/$planned" ]; then return; fi
+    rm -f "$done_folder/$1".*
+    say "$1 was stopped; run this again to go on."
+    exit 0
+}
+
 stage download scripts/download.py --config "$preset"
+if has prefetch; then stage prefetch scripts/prefetch.py --config "$preset"; fi
 stage tok_train scripts/tok_train.py --config "$preset"
 stage tok_eval scripts/tok_eval.py --config "$preset"
-stage pretrain scripts/pretrain.py --config "$preset" --resume
-# A run that was stopped has been saved and ends well too, but it is not finished.
-run_folder="$NANOCHAT_BASE_DIR/runs/$preset"
-planned=$(sed -n '1s/.*"num_iterations": \([0-9]*\).*/\1/p' "$run_folder/metrics.jsonl")
-if [ ! -d "$run_folder/checkpoints/$planned" ]; then
-    rm -f "$done_folder"/pretrain.*
-    say "Pretraining was stopped; run this again to go on."
-    exit 0
-fi
+train pretrain "$preset"
 stage eval_base scripts/eval_base.py --config "$preset"
+if has midtrain; then
+    train midtrain "$preset-mid"
+    stage eval_chat_mid scripts/eval_chat.py --config "$preset" --run "$preset-mid"
+fi
+train sft "$preset-sft"
+stage eval_chat_sft scripts/eval_chat.py --config "$preset" --run "$preset-sft"
+train rl "$preset-rl"
+stage eval_chat_rl scripts/eval_chat.py --config "$preset" --run "$preset-rl"
+"$PYTHON" scripts/report.py "$preset"
 
 say "Finished in $((SECONDS / 60)) min $((SECONDS % 60)) s. Talk to it, here or in a browser:"
 say "    $PYTHON scripts/chat.py"
