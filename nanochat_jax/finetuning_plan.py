@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import TOKENIZER_FOLDER, choose_step, model_meta, open_checkpoints
+from nanochat_jax.checkpoint import TOKENIZER_FOLDER, model_meta
 from nanochat_jax.config import FinetuneConfig
 from nanochat_jax.data.conversations import (
     Packing,
@@ -29,16 +29,12 @@ from nanochat_jax.finetuning_data import (
     mixture,
     streams_of,
 )
-from nanochat_jax.gpt import GPT, GPTConfig
+from nanochat_jax.gpt import GPT
 from nanochat_jax.optim import OptimConfig, make_optimizer
-from nanochat_jax.runs import default_run, run_folder
 from nanochat_jax.runtime import attention_kernel, compute_dtype
 from nanochat_jax.scaling import grad_accumulation
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.stage import (
-    streams_for,
-    tokenizer_identity,
-)
+from nanochat_jax.stage import Source, find_source, streams_for, tokenizer_identity
 from nanochat_jax.tokenizer import Tokenizer
 
 type StageName = Literal["midtrain", "sft"]
@@ -71,29 +67,6 @@ MOMENTUM_START, MOMENTUM_PEAK = 0.85, 0.95
 
 
 # --- the run that it goes on from -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """The checkpoint whose model is trained further."""
-
-    name: str
-    folder: Path
-    step: int
-    meta: dict[str, Any]
-
-    @property
-    def gpt_config(self) -> GPTConfig:
-        return GPTConfig(**self.meta["model"])
-
-
-def find_source(stage: StageName, config: FinetuneConfig) -> Source:
-    """The source asked for, or the newest run that fits."""
-    name = config.source or default_run(SOURCES[stage])
-    folder = run_folder(name)
-    with open_checkpoints(folder) as checkpoints:
-        step = choose_step(checkpoints, config.source_step)
-        return Source(name, folder, step, checkpoints.meta(step))
 
 
 def inherit(
@@ -186,7 +159,7 @@ class Job:
 
 def prepare(stage: StageName, config: FinetuneConfig) -> Job:
     """Reads and decides all that the run needs, and writes nothing; ValueErrors say what lacks."""
-    source = find_source(stage, config)
+    source = find_source(config.source, config.source_step, SOURCES[stage])
     gpt_config = source.gpt_config
     form = FORMS[stage, gpt_config.recipe]
     mesh = make_mesh(config.n_devices)

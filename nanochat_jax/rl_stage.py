@@ -21,13 +21,11 @@ from jax.sharding import Mesh
 from nanochat_jax import rl
 from nanochat_jax.checkpoint import (
     TOKENIZER_FOLDER,
-    choose_step,
     load_model,
     model_meta,
-    open_checkpoints,
 )
 from nanochat_jax.engine.engine import engine_of
-from nanochat_jax.gpt import GPT, GPTConfig, Params
+from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
 from nanochat_jax.rl_config import RlConfig
 from nanochat_jax.rl_rollouts import (
@@ -40,10 +38,18 @@ from nanochat_jax.rl_rollouts import (
     summary,
     transcripts,
 )
-from nanochat_jax.runs import default_run, run_folder
+from nanochat_jax.runs import run_folder
 from nanochat_jax.runtime import attention_kernel, compute_dtype, say
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.stage import Evaluate, Sample, Stage, loop_config, run_stage, tokenizer_identity
+from nanochat_jax.stage import (
+    Evaluate,
+    Sample,
+    Stage,
+    find_source,
+    loop_config,
+    run_stage,
+    tokenizer_identity,
+)
 from nanochat_jax.tasks.registry import JSON, make_task
 from nanochat_jax.tasks.task import Task
 from nanochat_jax.tokenizer import Tokenizer
@@ -104,21 +110,21 @@ def prepare(config: RlConfig) -> Job:
     if jax.process_count() > 1:
         raise ValueError("reinforcement learning runs in one process, on all devices of one node")
     train_task, test_task = _tasks(config)
-    source, meta = _find_source(config)
+    source = find_source(config.source, config.source_step, ("sft",))
+    meta, gpt_config = source.meta, source.gpt_config
     mesh, dtype = make_mesh(config.n_devices), compute_dtype(config.dtype)
-    gpt_config = GPTConfig(**meta["model"])
     kernel = attention_kernel(config.attention, dtype, gpt_config.sequence_len, gpt_config.head_dim)
     model = GPT(gpt_config, dtype, kernel)
-    tokenizer = Tokenizer.load(run_folder(source) / TOKENIZER_FOLDER)
+    tokenizer = Tokenizer.load(source.folder / TOKENIZER_FOLDER)
     num_steps = config.num_iterations or max(
         1, config.epochs * len(train_task) // config.questions_per_step
     )
     optim_config = inherit(meta, config, num_steps)
     decided = replace(
         config,
-        run=config.run or f"{Path(source).name.removesuffix('-sft')}-rl",
-        source=source,
-        source_step=str(meta["step"]),
+        run=config.run or f"{source.folder.name.removesuffix('-sft')}-rl",
+        source=source.name,
+        source_step=str(source.step),
         num_iterations=num_steps,
         dtype=cast(Any, np.dtype(dtype).name),
     )
@@ -139,13 +145,6 @@ def prepare(config: RlConfig) -> Job:
             engine, tokenizer, config.max_new_tokens, config.temperature, config.top_k
         ),
     )
-
-
-def _find_source(config: RlConfig) -> tuple[str, dict[str, Any]]:
-    """The run to begin with (the newest fine-tuned one), and the meta of its checkpoint."""
-    name = config.source or default_run(("sft",))
-    with open_checkpoints(run_folder(name)) as checkpoints:
-        return name, checkpoints.meta(choose_step(checkpoints, config.source_step))
 
 
 def _tasks(config: RlConfig) -> tuple[Task, Task]:

@@ -1,14 +1,14 @@
 """A stage of training from its first check to its last checkpoint: what all stages share.
 
-pretraining.py and finetuning.py decide what is trained, on what; `run_stage` does the rest: checks
-the run's folder, restores, trains, saves, and says how it ended. scripts/<name>.py is the command
-line of a stage.
+pretraining.py, finetuning.py and rl_stage.py decide what is trained, on what; `run_stage` does the
+rest: checks the run's folder, restores, trains, saves, and says how it ended. scripts/<name>.py is
+the command line of a stage.
 """
 
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import gcd, lcm
@@ -20,10 +20,10 @@ import optax
 from jax.sharding import Mesh
 
 from nanochat_jax.actions import make_save, merge_over_processes
-from nanochat_jax.checkpoint import Checkpoints, model_meta
+from nanochat_jax.checkpoint import Checkpoints, choose_step, model_meta, open_checkpoints
 from nanochat_jax.data.streams import Layout
 from nanochat_jax.devices import peak_flops
-from nanochat_jax.gpt import GPT, Params
+from nanochat_jax.gpt import GPT, GPTConfig, Params
 from nanochat_jax.loop import (
     Actions,
     Feed,
@@ -36,7 +36,15 @@ from nanochat_jax.loop import (
     stop_on_signals,
 )
 from nanochat_jax.report import Meter, record
-from nanochat_jax.runs import CONFIG_FILE, check_free, check_same, describe, make_ready
+from nanochat_jax.runs import (
+    CONFIG_FILE,
+    check_free,
+    check_same,
+    default_run,
+    describe,
+    make_ready,
+    run_folder,
+)
 from nanochat_jax.runtime import is_main_process, provenance, say, wait_for_all
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tracking import Tracker, cut_metrics
@@ -181,6 +189,29 @@ def _train(
 
 
 # --- what stages decide alike ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint whose model is trained further."""
+
+    name: str
+    folder: Path
+    step: int
+    meta: dict[str, Any]
+
+    @property
+    def gpt_config(self) -> GPTConfig:
+        return GPTConfig(**self.meta["model"])
+
+
+def find_source(name: str, step: str, stages: Sequence[str]) -> Source:
+    """The checkpoint asked for; of no name, that of the newest run of one of the `stages`."""
+    name = name or default_run(stages)
+    folder = run_folder(name)
+    with open_checkpoints(folder) as checkpoints:
+        chosen = choose_step(checkpoints, step)
+        return Source(name, folder, chosen, checkpoints.meta(chosen))
 
 
 def streams_for(rows: int, asked: int | None) -> int:
