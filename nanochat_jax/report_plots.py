@@ -230,7 +230,7 @@ def _bars(groups: Sequence[tuple[str, Bars]], title: str, unit: str, caption: st
     if not groups:
         return None
     names = list(dict.fromkeys(name for _, bars in groups for name in bars))
-    figure, axes = _axes(unit, "", height=0.7 + len(names) * max(0.22, 0.12 * len(groups)))
+    figure, axes = _axes(unit, "", height=1.0 + len(names) * max(0.22, 0.12 * len(groups)))
     thick = 0.75 / len(groups)
     for index, (label, bars) in enumerate(groups):
         present = [(names.index(name), *bars[name]) for name in names if name in bars]
@@ -289,7 +289,8 @@ def _finish(figure: Figure, axes: Axes, title: str, caption: str, legend: bool) 
         if max(abs(low), abs(high)) >= 10_000:
             axis.set_major_formatter(EngFormatter(sep=""))
     if legend:
-        axes.legend(frameon=False, labelcolor=_INK, handlelength=1.2)
+        style = {"frameon": False, "labelcolor": _INK, "handlelength": 1.2}
+        figure.legend(loc="outside upper right", ncols=4, **style)  # where it covers nothing
     return Plot(title, caption, _svg(figure, title))
 
 
