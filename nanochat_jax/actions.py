@@ -4,7 +4,6 @@ Every process of a cluster run makes the same calls, since each of them starts w
 all devices compute together.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -15,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpoints
@@ -26,7 +24,7 @@ from nanochat_jax.evals.bits_per_byte import evaluate
 from nanochat_jax.evals.samples import SAMPLING, complete, completion_engine
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.loop import NonFiniteError, Progress
-from nanochat_jax.runtime import is_main_process
+from nanochat_jax.runtime import gather_json, is_main_process
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
     TrainState,
@@ -159,12 +157,4 @@ def make_save(
 
 def merge_over_processes(loader_state: dict[str, Any]) -> dict[str, Any]:
     """The data states of all processes as one; every process must call it."""
-    if jax.process_count() == 1:
-        return loader_state
-    encoded = np.frombuffer(json.dumps(loader_state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([len(encoded)]))[:, 0]
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(encoded)] = encoded
-    gathered = multihost_utils.process_allgather(padded)
-    pairs = zip(gathered, sizes, strict=True)
-    return merge_states([json.loads(row[:size].tobytes()) for row, size in pairs])
+    return merge_states(gather_json(loader_state))

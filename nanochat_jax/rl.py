@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nanochat_jax.gpt import GPT, Params, init_params
-from nanochat_jax.sharding import BATCH_SPEC, specs
+from nanochat_jax.sharding import AXIS, BATCH_SPEC, REPLICATED, specs
 from nanochat_jax.train import gather_weights
 
 Advantage = Literal["mean", "std"]
@@ -175,8 +175,13 @@ def make_batch(rows: Rows, rewards_QN: np.ndarray, objective: Objective, at_once
 
 
 def put_rollouts(batch: RolloutBatch, mesh: Mesh) -> RolloutBatch:
-    """The batch on the mesh, rows cut over the devices."""
-    return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
+    """The batch, which every process has, on the mesh: rows cut over the devices."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+    return jax.tree.map(put, batch)
 
 
 def policy_loss(
@@ -211,8 +216,11 @@ def surrogate(logprobs, rollout_logprobs, advantage, objective: Objective):
 # --- probabilities --------------------------------------------------------------------------------
 
 
-def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], jax.Array]:
-    """The jitted (params, batch) -> log-probability of every target, (A, B, T); 0 where none is."""
+def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], np.ndarray]:
+    """The function (params, batch) -> log-probability of every target, (A, B, T); 0 where none is.
+
+    The batch lies on the mesh; every process gets all of the result.
+    """
     param_specs = specs(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
 
     def local(params, inputs_ABT, targets_ABT):
@@ -221,34 +229,35 @@ def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], ja
         def losses(micro):
             return model.apply({"params": weights}, *micro, method="losses")
 
-        return -jax.lax.map(losses, (inputs_ABT, targets_ABT))
+        logprobs_ABT = -jax.lax.map(losses, (inputs_ABT, targets_ABT))
+        return jax.lax.all_gather(logprobs_ABT, AXIS, axis=1, tiled=True)
 
     mapped = jax.jit(
         jax.shard_map(
             local,
             mesh=mesh,
             in_specs=(param_specs, BATCH_SPEC, BATCH_SPEC),
-            out_specs=BATCH_SPEC,
+            out_specs=REPLICATED,
             check_vma=False,
         )
     )
-    return lambda params, batch: mapped(params, batch.inputs_ABT, batch.targets_ABT)
+    return lambda params, batch: np.asarray(mapped(params, batch.inputs_ABT, batch.targets_ABT))
 
 
-def compare(logprobs_ABT: Any, batch: RolloutBatch) -> dict[str, float]:
+def compare(logprobs_ABT: np.ndarray, batch: RolloutBatch) -> dict[str, float]:
     """How far the policy being trained is from the one that drew the samples, and the reference.
 
-    Over trained tokens. Before the first update of a step the mismatch is that of two programs for
-    the same weights: it should be round-off.
+    Over trained tokens, of a batch as `make_batch` gives it. Before the first update of a step the
+    mismatch is that of two programs for the same weights: it should be round-off.
     """
-    is_trained = np.asarray(batch.targets_ABT) >= 0
-    ours, drawn = (np.asarray(x)[is_trained] for x in (logprobs_ABT, batch.rollout_logprobs_ABT))
+    is_trained = batch.targets_ABT >= 0
+    ours, drawn = logprobs_ABT[is_trained], batch.rollout_logprobs_ABT[is_trained]
     change = np.abs(ours - drawn)
     told = {
         "mismatch": float(change.mean()) if len(change) else 0.0,
         "max_mismatch": float(change.max(initial=0.0)),
     }
     if batch.reference_logprobs_ABT is not None and len(ours):
-        distance = np.asarray(batch.reference_logprobs_ABT)[is_trained] - ours
+        distance = batch.reference_logprobs_ABT[is_trained] - ours
         told["kl"] = float(np.mean(np.exp(distance) - distance - 1))
     return told

@@ -6,9 +6,10 @@ so a run that goes on after an interruption draws the same again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
+import jax
 import numpy as np
 
 from nanochat_jax.engine.engine import Engine
@@ -17,7 +18,9 @@ from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.chat import pass_at_k
+from nanochat_jax.evals.scoring import Progress
 from nanochat_jax.rl import Rollout
+from nanochat_jax.runtime import gather_json
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -63,14 +66,26 @@ class Interview:
             )
 
     def ask(self, task: Task, questions: Iterable[Question], n: int, judge: Judge):
-        """`n` answers to each question, with what the judge gives for them: a list of Answered."""
+        """`n` answers to each question, with what the judge gives for them: a list of Answered.
+
+        The processes of a cluster run divide the questions; each gets all of the answers.
+        """
         asked = [(question, task[question.example]) for question in questions]
+        first, step = jax.process_index(), jax.process_count()
+        shares = gather_json(self._answer(asked[first::step], n, judge))
+        return [
+            Answered(question, talk, [Rollout(**told) for told in shares[i % step][i // step]])
+            for i, (question, talk) in enumerate(asked)
+        ]
+
+    def _answer(self, asked: Sequence[tuple[Question, Conversation]], n: int, judge: Judge):
+        """The samples of each question as JSON."""
         requests = [self._request(question, talk, n) for question, talk in asked]
         # A new scheduler: an old one would go on from rows that other weights have filled.
         drawn = Scheduler(self.engine, tools=Tools(self.tokenizer)).generate(requests)
         return [
-            Answered(question, talk, [self._rollout(request, s, talk, judge) for s in samples])
-            for (question, talk), request, samples in zip(asked, requests, drawn, strict=True)
+            [asdict(self._rollout(request, s, talk, judge)) for s in samples]
+            for (_, talk), request, samples in zip(asked, requests, drawn, strict=True)
         ]
 
     def _request(self, question: Question, conversation: Conversation, n: int) -> Request:
@@ -171,6 +186,7 @@ def measure(
     n: int,
     at_once: int,
     stopped: Callable[[], bool],
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, float] | None:
     """pass@k of all questions of a task for k = 1 … n, and the mean length; None when stopped.
 
@@ -185,6 +201,7 @@ def measure(
             for i in range(start, min(start + at_once, len(task)))
         ]
         answered += interview.ask(task, questions, n, task.evaluate)
+        progress(len(answered), len(task))
     right = rewards_of(answered) > 0
     lengths = [len(rollout.tokens) for a in answered for rollout in a.rollouts]
     told = {f"pass@{k}": float(pass_at_k(right, k).mean()) for k in range(1, n + 1)}

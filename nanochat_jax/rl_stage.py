@@ -6,7 +6,8 @@ sharded step as in pretraining (train.py), but for its loss (rl.py).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from nanochat_jax.checkpoint import (
     load_model,
     model_meta,
 )
-from nanochat_jax.engine.engine import engine_of
+from nanochat_jax.engine.engine import Engine, engine_of
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
 from nanochat_jax.rl_config import RlConfig
@@ -39,7 +40,7 @@ from nanochat_jax.rl_rollouts import (
     transcripts,
 )
 from nanochat_jax.runs import run_folder
-from nanochat_jax.runtime import attention_kernel, compute_dtype, say
+from nanochat_jax.runtime import attention_kernel, compute_dtype, is_main_process, progress_bar, say
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stage import (
     Evaluate,
@@ -107,8 +108,6 @@ def reinforce(config: RlConfig) -> int:
 
 def prepare(config: RlConfig) -> Job:
     """Reads and decides all that the run needs, and writes nothing; ValueErrors say what lacks."""
-    if jax.process_count() > 1:
-        raise ValueError("reinforcement learning runs in one process, on all devices of one node")
     train_task, test_task = _tasks(config)
     source = find_source(config.source, config.source_step, ("sft",))
     meta, gpt_config = source.meta, source.gpt_config
@@ -128,7 +127,6 @@ def prepare(config: RlConfig) -> Job:
         num_iterations=num_steps,
         dtype=cast(Any, np.dtype(dtype).name),
     )
-    engine = engine_of(model, slots=config.slots, mesh=mesh)
     return Job(
         config=decided,
         folder=run_folder(decided.run),
@@ -142,9 +140,20 @@ def prepare(config: RlConfig) -> Job:
         test_task=test_task,
         num_steps=num_steps,
         interview=Interview(
-            engine, tokenizer, config.max_new_tokens, config.temperature, config.top_k
+            _engine(config, model, mesh),
+            tokenizer,
+            config.max_new_tokens,
+            config.temperature,
+            config.top_k,
         ),
     )
+
+
+def _engine(config: RlConfig, model: GPT, mesh: Mesh) -> Engine:
+    """Each process has an engine of its own, on its own devices."""
+    processes = jax.process_count()
+    own = mesh if processes == 1 else make_mesh(devices=mesh.local_devices)
+    return engine_of(model, slots=-(-config.slots // processes), mesh=own)
 
 
 def _tasks(config: RlConfig) -> tuple[Task, Task]:
@@ -230,7 +239,8 @@ def _questions(job: Job, state: dict[str, Any] | None) -> Questions:
     config = job.config
     position = state["position"] if state else 0
     step = position // config.questions_per_step
-    cut_metrics(job.folder, lambda record: record["step"] < step, TRANSCRIPTS_FILE)
+    if is_main_process():
+        cut_metrics(job.folder, lambda record: record["step"] < step, TRANSCRIPTS_FILE)
     return Questions(len(job.train_task), config.questions_per_step, config.seed, position)
 
 
@@ -253,7 +263,8 @@ def make_step(
         number = int(state.step)
         answered = ask(state.params, questions)
         told = {**summary(answered), "rollout_seconds": perf_counter() - began}
-        _write_transcripts(job, number, answered)
+        if is_main_process():
+            _write_transcripts(job, number, answered)
         rollouts = [rollout for a in answered for rollout in a.rollouts]
         rows = rl.make_rows(rollouts, job.tokenizer.bos_id, ROW_WIDTHS[job.model.attention])
         at_once = config.device_batch_size * job.mesh.size
@@ -266,16 +277,31 @@ def make_step(
 
 def make_asker(job: Job) -> Callable[[Params, list[Question]], list[Answered]]:
     """The function from weights and questions to the training task's answers and rewards."""
-    gather = make_gather(job.model, job.mesh)
-    interview, task = job.interview, job.train_task
+    lend, task = make_lender(job), job.train_task
 
     def ask(params: Params, questions: list[Question]) -> list[Answered]:
-        interview.engine.use(gather(params))
-        answered = interview.ask(task, questions, job.config.samples, task.reward)
-        interview.engine.release()  # its memory is the training's
-        return answered
+        with lend(params):
+            return job.interview.ask(task, questions, job.config.samples, task.reward)
 
     return ask
+
+
+def make_lender(job: Job) -> Callable[[Params], AbstractContextManager[None]]:
+    """The function that lets the engine have a state's weights; its memory is the training's."""
+    gather, engine = make_gather(job.model, job.mesh), job.interview.engine
+
+    @contextmanager
+    def lend(params: Params) -> Iterator[None]:
+        whole = gather(params)
+        if jax.process_count() > 1:  # its mesh is not the training's
+            whole = {name: array.addressable_data(0) for name, array in whole.items()}
+        engine.use(whole)
+        try:
+            yield
+        finally:
+            engine.release()
+
+    return lend
 
 
 def make_updates(
@@ -294,16 +320,16 @@ def make_updates(
 
     def run(state: TrainState, batch: rl.RolloutBatch) -> tuple[TrainState, dict[str, Any]]:
         after = jax.device_put(np.int32(int(state.step) + 1), state.step.sharding)
-        batch = rl.put_rollouts(batch, job.mesh)
+        placed = rl.put_rollouts(batch, job.mesh)
         if reference_params is not None:
-            reference = logprobs(reference_params, batch)
-            batch = batch._replace(reference_logprobs_ABT=reference)
-        told = rl.compare(logprobs(state.params, batch), batch)
+            batch = batch._replace(reference_logprobs_ABT=logprobs(reference_params, placed))
+            placed = rl.put_rollouts(batch, job.mesh)
+        told = rl.compare(logprobs(state.params, placed), batch)
         first = None
         for index in range(config.updates):
             if 0 < index == config.updates - 1:
-                told["drift"] = rl.compare(logprobs(state.params, batch), batch)["mismatch"]
-            state, metrics = update(state, batch)
+                told["drift"] = rl.compare(logprobs(state.params, placed), batch)["mismatch"]
+            state, metrics = update(state, placed)
             first = first or metrics
         return replace(state, step=after), {**(first or {}), **told}
 
@@ -322,16 +348,12 @@ def _write_transcripts(job: Job, step: int, answered: list[Answered]) -> None:
 
 
 def _evaluate(job: Job, stopped: Callable[[], bool]) -> Evaluate:
-    config, interview = job.config, job.interview
-    gather = make_gather(job.model, job.mesh)
+    config, lend = job.config, make_lender(job)
+    at_once, n = config.questions_per_step, config.eval_samples
 
     def evaluate(params: Params) -> dict[str, float] | None:
-        interview.engine.use(gather(params))
-        at_once = config.questions_per_step
-        n = config.eval_samples
-        told = measure(interview, job.test_task, config.seed, n, at_once, stopped)
-        interview.engine.release()
-        return told
+        with lend(params), progress_bar("pass@k") as bar:
+            return measure(job.interview, job.test_task, config.seed, n, at_once, stopped, bar)
 
     return evaluate
 
@@ -339,13 +361,12 @@ def _evaluate(job: Job, stopped: Callable[[], bool]) -> Evaluate:
 def _sample(job: Job) -> Sample:
     """The likeliest answers to the first held-out questions."""
     interview = replace(job.interview, temperature=0.0)
-    gather, task = make_gather(job.model, job.mesh), job.test_task
+    lend, task = make_lender(job), job.test_task
     questions = [Question(i, 0) for i in range(min(SHOWN, len(task)))]
 
     def sample(params: Params) -> list[tuple[str, str]]:
-        interview.engine.use(gather(params))
-        answered = interview.ask(task, questions, 1, task.reward)
-        interview.engine.release()
+        with lend(params):
+            answered = interview.ask(task, questions, 1, task.reward)
         decode = interview.tokenizer.decode
         return [(decode(r.prompt), decode(r.tokens)) for a in answered for r in a.rollouts]
 

@@ -5,6 +5,7 @@ What the tests of the stages share: text and a tokenizer, starting and killing, 
 
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,17 @@ class Script:
 
     def run(self, *flags: str, expect: int = 0, **how) -> str:
         return finish(self.start(*flags, **how), expect)
+
+    def run_cluster(self, n_processes: int, **settings) -> list[str]:
+        """One run of several processes; what each of them printed."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n_processes)}
+        processes = [
+            self.start(environment=cluster | {"JAX_PROCESS_ID": str(index)}, **settings)
+            for index in range(n_processes)
+        ]
+        return [finish(process, 0) for process in processes]
 
     def folder(self, run: str) -> Path:
         return self.base / "runs" / run

@@ -4,7 +4,6 @@ All runs share a base directory with a tokenizer and a data set of a few hundred
 run that nothing interrupted, whose records the others must repeat exactly.
 """
 
-import contextlib
 import json
 import random
 import runpy
@@ -132,35 +131,13 @@ def test_sigterm_kill_9_and_kill_9_while_saving_change_nothing(script, whole):
 
 def test_two_processes_train_as_one(script, whole, here):
     """And what they saved together, one can continue."""
-    with contextlib.closing(socket_on_a_free_port()) as probe:
-        port = probe.getsockname()[1]
-    processes = [
-        script.start(
-            run="cluster",
-            eval_every=0,
-            environment={
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            },
-        )
-        for index in range(2)
-    ]
-    outputs = [finish(process, 0) for process in processes]
+    outputs = script.run_cluster(2, run="cluster", eval_every=0)
     assert "step 00013" in outputs[0]
     assert "step 0" not in outputs[1]  # only the first one speaks
     np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
     shutil.rmtree(script.folder("cluster") / "checkpoints" / str(STEPS))
     assert pretrain(config(run="cluster", resume=True)) == 0
     np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
-
-
-def socket_on_a_free_port():
-    import socket
-
-    probe = socket.socket()
-    probe.bind(("127.0.0.1", 0))
-    return probe
 
 
 def test_a_mistake_ends_with_one_sentence(script, whole):

@@ -173,6 +173,27 @@ def test_two_devices_learn_the_same(here, base, script, whole):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
 
 
+def test_two_processes_learn_the_same(here, base, script, whole):
+    """They divide the questions; what they saved together, one can continue."""
+    short = {"num_iterations": 3, "save_every": 2, "eval_every": 2, "kl": 0.1, "updates": 2}
+    outputs = script.run_cluster(2, run="cluster", **short)
+    assert "step 00002" in outputs[0]
+    assert "step 0" not in outputs[1]
+    assert reinforce(config(base, run="alone", **short)) == 0
+    assert_alike(script, "cluster", "alone")
+    shutil.rmtree(script.folder("cluster") / "checkpoints" / "3")
+    assert reinforce(config(base, run="cluster", resume=True, **short)) == 0
+    assert_alike(script, "cluster", "alone")
+
+
+def assert_alike(script: Script, run: str, other: str) -> None:
+    assert told(script, run) == told(script, other)
+    for ours, theirs in zip(trace(script, run), trace(script, other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & {"loss", "grad_norm", "reward", "length", "pass@2", "kl"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+
+
 def test_a_changed_run_is_not_continued(here, base, script, whole):
     shutil.copytree(script.folder("whole"), script.folder("other"))
     for settings, message in (

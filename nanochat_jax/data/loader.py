@@ -311,6 +311,8 @@ def val_batches(
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The states of all processes after the same step as one, from which any number can resume."""
     first = dict(states[0])
+    if all(state == first for state in states):
+        return first
     common = {key: value for key, value in first.items() if key != "streams"}
     streams: dict[str, Any] = {}
     for state in states:
