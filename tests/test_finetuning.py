@@ -1,11 +1,9 @@
 """scripts/sft.py and scripts/midtrain.py as people run them: both recipes, kill -9, resuming."""
 
-import contextlib
 import json
 import random
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -136,24 +134,7 @@ def test_mid_training_goes_on_as_it_began_after_sigterm(base):
 
 
 def test_two_processes_train_as_one(script, whole):
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        script.start(
-            run="cluster",
-            num_iterations=STEPS,
-            save_every=0,
-            environment={
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            },
-        )
-        for index in range(2)
-    ]
-    for process in processes:
-        finish(process, 0)
+    script.run_cluster(2, run="cluster", save_every=0)
     assert_close(script.trace("cluster"), whole)
 
 

@@ -19,15 +19,19 @@ type Interval = tuple[float, float]
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
     """Means of `resamples` samples of the values, each as large as they are; (resamples,).
 
-    ValueError where there are no values.
+    Values are between 0 and 1. Where all are alike, one that is their opposite is among what is
+    drawn from: 100 right answers of 100 do not prove that a wrong one cannot be, and the interval
+    becomes about that of the rule of three. ValueError where there are no values.
     """
-    if len(values) == 0:
+    n = len(values)
+    if n == 0:
         raise ValueError("an interval needs at least one value")
     rng = np.random.default_rng(seed)
     values = np.asarray(values, np.float64)
-    per_draw = max(1, AT_ONCE // len(values))
+    pool = values if np.ptp(values) else np.append(values, 1 - values[0])
+    per_draw = max(1, AT_ONCE // n)
     sizes = [min(per_draw, resamples - first) for first in range(0, resamples, per_draw)]
-    drawn = (values[rng.integers(0, len(values), (size, len(values)))] for size in sizes)
+    drawn = (pool[rng.integers(0, len(pool), (size, n))] for size in sizes)
     return np.concatenate([sample.mean(axis=1) for sample in drawn])
 
 

@@ -37,8 +37,18 @@ def test_large_tasks_are_drawn_in_parts_with_the_same_size():
     )
 
 
-def test_certain_and_absent_answers():
-    assert interval(resampled_means(np.ones(10))) == (1.0, 1.0)
+@pytest.mark.parametrize("n", [10, 100, 1000])
+def test_answers_that_are_all_alike_prove_no_certainty(n):
+    """The exact interval of n successes of n is 0.025^(1/n) to 1 (Clopper and Pearson, 1934)."""
+    low, high = interval(resampled_means(np.ones(n)))
+    assert high == 1.0
+    assert 1 - low == pytest.approx(1 - 0.025 ** (1 / n), rel=0.3)
+    low, high = interval(resampled_means(np.zeros(n)))
+    assert low == 0.0
+    assert high == pytest.approx(1 - 0.025 ** (1 / n), rel=0.3)
+
+
+def test_absent_answers():
     with pytest.raises(ValueError, match="at least one value"):
         resampled_means(np.array([]))
 
