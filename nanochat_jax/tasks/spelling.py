@@ -3,7 +3,7 @@
 A model sees tokens, not letters, so these are hard for it. Two kinds: `spellingbee` and `spelling`
 draw from a list of 370,099 English words (dwyl/english-words) exactly as nanochat's SpellingBee and
 SimpleSpelling do, with other wording; `counting` and `spelling-local` draw from the words of the
-local text, are short, and keep the words of the test apart.
+local text and made-up ones, are short, and keep the words of the test apart.
 """
 
 import random
@@ -23,7 +23,7 @@ from nanochat_jax.tasks.task import (
     python,
     text,
 )
-from nanochat_jax.tasks.words import find_words
+from nanochat_jax.tasks.words import draw_word
 
 SIZE = 1000  # examples unless a limit asks for fewer or more
 TEST_SEEDS = 10_000_000  # example i of the test is drawn with this + i
@@ -121,8 +121,8 @@ def count_call(word: str, letter: str) -> list[Part]:
 
 
 def draw_counting(rng: random.Random) -> Drawn:
-    """The calculator counts a letter of a local word; the key is the word."""
-    word = rng.choice(find_words())
+    """The calculator counts a letter of a word, or of a made-up one; the key is the word."""
+    word = draw_word(rng)
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice(ascii_lowercase)
     question = rng.choice(COUNT_QUESTIONS).format(word=word, letter=letter)
     count = word.count(letter)
@@ -131,8 +131,8 @@ def draw_counting(rng: random.Random) -> Drawn:
 
 
 def draw_spelling(rng: random.Random) -> Drawn:
-    """A local word and its letters with spaces between, each of them one token."""
-    word = rng.choice(find_words())
+    """A word, or a made-up one, and its letters with spaces between, each of them one token."""
+    word = draw_word(rng)
     return Drawn(word, exchange(rng.choice(SPELL_QUESTIONS).format(word=word), " ".join(word)))
 
 

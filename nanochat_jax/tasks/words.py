@@ -4,6 +4,7 @@ That is the data set `local` where it has been made, and otherwise the texts beh
 which every Python brings along.
 """
 
+import random
 import re
 import sysconfig
 from collections import Counter
@@ -27,6 +28,21 @@ _SENTENCE = re.compile(r"(?:^|(?<=\. ))[A-Z][a-z]*(?:,? [a-z]+){5,13}\.(?=\s|$)"
 def find_words() -> list[str]:
     """The most frequent words of three to ten letters, in small letters, frequent ones first."""
     return _words(base_dir())
+
+
+def draw_word(rng: random.Random) -> str:
+    """A word of the text or, as often, the beginning of one and the end of another.
+
+    There are few words, so a model would learn them by heart; made-up ones make it read.
+    """
+    words = find_words()
+    if rng.random() < 0.5:
+        return rng.choice(words)
+    while True:
+        first, second = rng.choice(words), rng.choice(words)
+        word = first[: rng.randint(1, len(first))] + second[rng.randrange(len(second)) :]
+        if len(word) in LENGTHS:
+            return word
 
 
 def find_sentences() -> list[str]:
