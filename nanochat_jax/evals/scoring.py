@@ -25,6 +25,7 @@ from nanochat_jax.evals.scoring_rows import Batch, Row, Score, Span, batches_of,
 from nanochat_jax.gpt import (
     GPT,
     SOFTCAP,
+    GPTConfig,
     Params,
     add_before,
     embed,
@@ -66,13 +67,14 @@ def _score_rows(model: GPT, weights: Params, rows: Batch):
 
     def run(tokens, before, positions, attend):
         x = _embed(model, weights, tokens, before)
-        rope = rotary(positions, config.head_dim, config.rope_base)
+        # Behind a barrier the angles are computed once, not fused into every layer again.
+        rope = jax.lax.optimization_barrier(rotary(positions, config.head_dim, config.rope_base))
         found = look_up(layers, tokens, model.dtype)
         return transform(config, found, residual_scalars(config, weights), x, rope, attend)
 
     with jax.named_scope("prefix"):
         before_BP = jnp.pad(rows.prefix_BP[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-        run(rows.prefix_BP, before_BP, jnp.arange(rows.prefix_BP.shape[1]), attend_prefix)
+        run(rows.prefix_BP, before_BP, _prefix_positions(rows), attend_prefix)
     with jax.named_scope("tails"):
         x_BCD = run(rows.tail_BC, rows.before_BC, rows.position_BC, attend_tail)
     with jax.named_scope("head"):
@@ -81,6 +83,10 @@ def _score_rows(model: GPT, weights: Params, rows: Batch):
         capped = SOFTCAP * jnp.tanh(logits_BCV.astype(jnp.float32) / SOFTCAP)
         hits_BC = jnp.argmax(capped, axis=-1) == rows.target_BC
     return tuple(jax.lax.all_gather(x, AXIS, tiled=True) for x in (losses_BC, hits_BC))
+
+
+def _prefix_positions(rows: Batch):
+    return rows.first_B[:, None] + jnp.arange(rows.prefix_BP.shape[1])
 
 
 def _embed(model: GPT, weights: Params, tokens_BT, before_BT):
@@ -101,7 +107,7 @@ def _attend_tail(q_BCNH, k_BCKH, v_BCKH, keys_BPKH, values_BPKH, rows: Batch, wi
     old = _einsum32("bckgh,bpkh->bkgcp", q_BCKGH, keys_BPKH)
     new = _einsum32("bckgh,bukh->bkgcu", q_BCKGH, k_BCKH)
     scores = jnp.concatenate([old, new], axis=-1) * H**-0.5
-    sees = jnp.concatenate(_visible(rows, width, window), axis=-1)
+    sees = jnp.concatenate(_visible(rows, window), axis=-1)
     scores = jnp.where(sees[:, None, None], scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1).astype(q_BCNH.dtype)
     out = jnp.einsum("bkgcp,bpkh->bckgh", p[..., :width], values_BPKH)
@@ -109,12 +115,11 @@ def _attend_tail(q_BCNH, k_BCKH, v_BCKH, keys_BPKH, values_BPKH, rows: Batch, wi
     return out.reshape(B, C, N, H)
 
 
-def _visible(rows: Batch, width: int, window: int):
+def _visible(rows: Batch, window: int):
     """What each token of the tails sees: of the prefix (B, C, P), of the tails (B, C, C)."""
     position, segment = rows.position_BC, rows.segment_BC
-    p_P = jnp.arange(width)
-    in_prefix = p_P < rows.prefix_length_B[:, None]
-    old = in_prefix[:, None] & (position[..., None] - p_P <= window)
+    in_prefix = jnp.arange(rows.prefix_BP.shape[1]) < rows.prefix_length_B[:, None]
+    old = in_prefix[:, None] & (position[..., None] - _prefix_positions(rows)[:, None] <= window)
     distance = position[:, :, None] - position[:, None]
     same = segment[:, :, None] == segment[:, None]
     return old, same & (distance >= 0) & (distance <= window)
@@ -160,16 +165,17 @@ class Scorer:
             for span in group:
                 _check(span, self.model.config.vocab_size)
         results = [[_blank(span) for span in group] for group in groups]
-        rows = [row for g, group in enumerate(groups) if group for row in rows_of(g, group)]
-        for batch, losses_BC, hits_BC in self._run(rows, progress):
+        reach = _reach(self.model.config)
+        rows = [row for g, group in enumerate(groups) if group for row in rows_of(g, group, reach)]
+        for batch, losses_BC, hits_BC in self._run(rows, reach, progress):
             for row, losses_C, hits_C in zip(batch, losses_BC, hits_BC, strict=False):
                 _take(row, losses_C, hits_C, results)
         return results
 
-    def _run(self, rows: Sequence[Row], progress: Progress) -> Iterator[tuple]:
+    def _run(self, rows: Sequence[Row], reach: int, progress: Progress) -> Iterator[tuple]:
         """(rows, losses, hits) of every batch; the devices work ahead of who reads them."""
         least = LEAST_PREFIX[self.model.attention]
-        batches = batches_of(rows, least, self._budget, self._mesh.size)
+        batches = batches_of(rows, least, self._budget, self._mesh.size, reach)
         sizes = [size * sum(shape) for shape, size, _ in batches]
         ahead: deque[tuple] = deque()
         done = 0
@@ -188,6 +194,15 @@ class Scorer:
     def compiled_programs(self) -> int:
         """How many shapes were compiled so far."""
         return self._program._cache_size()
+
+
+def _reach(config: GPTConfig) -> int:
+    """How many tokens before a tail can change what the model says of it.
+
+    Every layer looks back its window; smear, before them, one token further. What is left keeps
+    its positions: float32 rounds the angles of late ones, and scores should be those of the whole.
+    """
+    return sum(config.window_sizes) + 1
 
 
 def _check(span: Span, vocab_size: int) -> None:

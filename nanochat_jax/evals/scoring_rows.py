@@ -12,6 +12,7 @@ import numpy as np
 MAX_TAIL = 512  # tokens of a row's tails; each of them is compared with each
 LEAST_TAIL = 16
 SMALL_SHARE = 1 / 500  # of all tokens: leaves CORE some 20 shapes and a quarter of padding
+EVERYTHING = int(np.iinfo(np.int32).max)
 
 type Shape = tuple[int, int]  # (P, C)
 
@@ -49,14 +50,25 @@ class Tail(NamedTuple):
 class Row(NamedTuple):
     prefix: np.ndarray
     tails: list[Tail]
+    first: int = 0  # position of the prefix's first token in the whole text
 
     @property
     def tail_tokens(self) -> int:
         return sum(len(tail.tokens) for tail in self.tails)
 
 
-def rows_of(group: int, spans: Sequence[Span]) -> list[Row]:
-    """One row for all spans of a question where their beginning is the same, else one for each."""
+def rows_of(group: int, spans: Sequence[Span], reach: int = EVERYTHING) -> list[Row]:
+    """One row for all spans of a question where their beginning is the same, else one for each.
+
+    Of each prefix the last `reach` tokens are kept.
+    """
+    return [
+        row._replace(prefix=row.prefix[-reach:], first=max(0, len(row.prefix) - reach))
+        for row in _whole_rows(group, spans)
+    ]
+
+
+def _whole_rows(group: int, spans: Sequence[Span]) -> list[Row]:
     # The last common token is every tail's first: its logits score the second.
     cut = min(_common_prefix(spans), *(span.start for span in spans)) - 1
     tails = [
@@ -106,6 +118,7 @@ class Batch(NamedTuple):
 
     prefix_BP: Any
     prefix_length_B: Any
+    first_B: Any  # position of the prefix's first token
     tail_BC: Any
     before_BC: Any  # the token before each of the tail; −1 for none
     position_BC: Any
@@ -113,15 +126,18 @@ class Batch(NamedTuple):
     target_BC: Any  # the token to score behind each; −1 for none
 
 
-def shapes_of(rows: Sequence[Row], least_prefix: int, budget: int) -> list[Shape]:
-    """The shape of each row.
+def shapes_of(
+    rows: Sequence[Row], least_prefix: int, budget: int, reach: int = EVERYTHING
+) -> list[Shape]:
+    """The shape of each row, whose prefix has at most `reach` tokens.
 
     Compiling a shape is dear, so its rows join the next larger one in use where that adds little
     padding: a batch of it, or a small share of all there is to compute.
     """
-    exact = [
-        (bucket(len(row.prefix), least_prefix), bucket(row.tail_tokens, LEAST_TAIL)) for row in rows
-    ]
+    widest = -(-reach // least_prefix) * least_prefix
+    prefixes = [min(widest, bucket(len(row.prefix), least_prefix)) for row in rows]
+    tails = [bucket(row.tail_tokens, LEAST_TAIL) for row in rows]
+    exact = list(zip(prefixes, tails, strict=True))
     counts = Counter(exact)
     allowed = max(budget, SMALL_SHARE * sum(map(sum, exact)))
     moved: dict[Shape, Shape] = {}
@@ -141,14 +157,14 @@ def _follow(moved: dict[Shape, Shape], shape: Shape) -> Shape:
 
 
 def batches_of(
-    rows: Sequence[Row], least_prefix: int, budget: int, n_devices: int
+    rows: Sequence[Row], least_prefix: int, budget: int, n_devices: int, reach: int = EVERYTHING
 ) -> list[tuple[Shape, int, list[Row]]]:
     """(shape, rows of the batch as compiled, the rows), the largest shapes first.
 
     `budget` is in tokens, padding included, for a device; the batches of a shape are equally full.
     """
     by_shape: dict[Shape, list[Row]] = {}
-    for row, shape in zip(rows, shapes_of(rows, least_prefix, budget), strict=True):
+    for row, shape in zip(rows, shapes_of(rows, least_prefix, budget, reach), strict=True):
         by_shape.setdefault(shape, []).append(row)
     batches = []
     for shape in sorted(by_shape, key=sum, reverse=True):
@@ -166,7 +182,7 @@ def fill(shape: Shape, size: int, rows: Sequence[Row]) -> Batch:
     width, tail_width = shape
     batch = Batch(
         np.zeros((size, width), np.int32),
-        np.zeros(size, np.int32),
+        *(np.zeros(size, np.int32) for _ in range(2)),
         *(np.zeros((size, tail_width), np.int32) for _ in range(3)),
         *(np.full((size, tail_width), -1, np.int32) for _ in range(2)),
     )
@@ -174,13 +190,14 @@ def fill(shape: Shape, size: int, rows: Sequence[Row]) -> Batch:
         length = len(row.prefix)
         batch.prefix_BP[b, :length] = row.prefix
         batch.prefix_length_B[b] = length
+        batch.first_B[b] = row.first
         at = 0
         for number, tail in enumerate(row.tails):
             here = (b, slice(at, at + len(tail.tokens)))
             batch.tail_BC[here] = tail.tokens
             before = row.prefix[-1] if length else -1
             batch.before_BC[here] = [before, *tail.tokens[:-1]]
-            batch.position_BC[here] = length + np.arange(len(tail.tokens))
+            batch.position_BC[here] = row.first + length + np.arange(len(tail.tokens))
             batch.segment_BC[here] = number
             batch.target_BC[b, at + tail.skip : here[1].stop - 1] = tail.tokens[tail.skip + 1 :]
             at = here[1].stop

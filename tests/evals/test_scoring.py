@@ -66,6 +66,7 @@ def questions(rng) -> list[list[Span]]:
     return [
         endings(20, 1, 3, 7, 2),
         endings(300, 5, 2),  # longer than what the model was trained on
+        endings(600, 3, 1),  # than what all windows together reach
         endings(1, 4, 4),  # nothing in common but the first token
         endings(40, 30),
         schema,
@@ -126,6 +127,16 @@ def test_buckets_hold_their_size_and_keep_their_granularity(least):
         found = bucket(size, least)
         assert size <= found <= max(least, 2 * size)
         assert found % least == 0 or (least == 32 and found % 16 == 0)
+
+
+def test_a_long_prompt_costs_no_more_than_the_windows_reach():
+    model, params = random_model("2026")
+    totals = []
+    make_scorer(model, params).score(
+        [[Span(text(np.random.default_rng(5), 5000), 4990)]],
+        lambda done, total: totals.append(total),
+    )
+    assert sum(model.config.window_sizes) < totals[-1] < 400
 
 
 def test_equal_questions_compile_one_program():
