@@ -4,11 +4,12 @@
     python scripts/eval_base.py --run d12 --eval core --bundle ~/eval_bundle.zip --max-per-task 500
     python scripts/eval_base.py --run d12 --step best --eval bpb --dataset fineweb-edu
 
-What it finds is printed, written to runs/NAME/eval_base.json, and is its last line as JSON. CORE's
-table is written to runs/NAME/eval_core.csv too.
+What it finds is printed, written to runs/NAME/eval_base.json as soon as an evaluation is finished,
+and is its last line as JSON. CORE's table is written to runs/NAME/eval_core.csv too.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,8 +70,8 @@ def main() -> None:
     result: dict[str, Any] = {"run": config.run, "step": loaded.meta["step"]}
     for name in wanted:
         result |= EVALS[name](config, loaded, mesh)
-    if is_main_process():
-        keep(folder / "eval_base.json", result)
+        if is_main_process():
+            keep(folder / "eval_base.json", result)
     say(json.dumps(result, ensure_ascii=False))
 
 
@@ -153,4 +154,7 @@ def write_samples(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> di
 EVALS = {"core": measure_core, "bpb": measure_bpb, "sample": write_samples}
 
 if __name__ == "__main__":
-    run_script(main)
+    try:
+        run_script(main)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; eval_base.json has the evaluations that were finished")

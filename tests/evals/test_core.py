@@ -345,6 +345,12 @@ def test_eval_base_finds_the_bundle_in_the_base_directory(run_with_bundle, call)
     assert kept["core_tasks"]["task"]["questions"] == 1
 
 
+def test_what_is_measured_is_kept_when_a_later_evaluation_fails(run_with_bundle, call):
+    call("eval_base.py", "--run=tiny", "--eval=core,bpb", "--dataset=nowhere")
+    kept = json.loads((run_with_bundle / "eval_base.json").read_text())
+    assert kept["core_tasks"]["task"]["questions"] == 2
+
+
 def test_without_a_bundle_one_sentence_says_what_to_do(run_with_bundle, call):
     absent = call("eval_base.py", "--run=tiny", "--eval=core", "--bundle=/nowhere/at_all.zip")
     assert "there is no CORE bundle at /nowhere/at_all.zip; fetch it with" in absent
