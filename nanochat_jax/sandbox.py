@@ -12,10 +12,10 @@ threads and output. The walls are the first of these that the kernel offers:
     landlock      Landlock for files and seccomp for all else, as in most containers; then nothing
                   can be written, not even in /tmp
 
-seccomp stands behind all of them where there is one. Where none works, `run` refuses, unless told
-that it may go on all the same. What the program prints and how it ends is never trusted; only a
-secret, given out behind its last line, makes it count as finished. A program that reads the raw
-memory of its interpreter could find the secret and count as finished; it would still not get out.
+seccomp stands behind all of them. Where none works, `run` refuses, unless told that it may go on
+all the same. What the program prints and how it ends is never trusted; only a secret, given out
+behind its last line, makes it count as finished. A program that breaks into its own interpreter,
+with forged bytecode, could find the secret and count as finished; it would still not get out.
 """
 
 import json
@@ -35,7 +35,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Literal
 
-from nanochat_jax.sandbox_kernel import TMP_MIB
+from nanochat_jax.sandbox_kernel import DEVICES
 
 Process = subprocess.Popen[bytes]
 Way = Literal["bubblewrap", "namespaces", "landlock", "none"]
@@ -45,13 +45,7 @@ KEPT_OUTPUT = 1 << 16  # and how many of them are given back
 MAX_REPORT = 4096
 GRACE_S = 30.0  # for raising the walls on a busy machine; the keeper minds the program's own time
 TIMED_OUT, NO_WALLS = 124, 125  # sandbox_child.py
-WAYS: tuple[tuple[Way, bool], ...] = (
-    ("bubblewrap", True),
-    ("namespaces", True),
-    ("landlock", True),
-    ("bubblewrap", False),
-    ("namespaces", False),
-)
+WAYS: tuple[Way, ...] = ("bubblewrap", "namespaces", "landlock")
 
 _HERE = Path(__file__).resolve().parent
 _CHILD_FILES = (
@@ -75,10 +69,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Isolation:
-    """Behind which walls programs run; `way` is "none" only where that was allowed."""
+    """Behind which walls programs run; only a `way` of "none", where allowed, may lack seccomp."""
 
     way: Way
-    seccomp: bool
+    seccomp: bool = True
 
     def __str__(self) -> str:
         return self.way + (" and seccomp" if self.seccomp and self.way != "landlock" else "")
@@ -123,27 +117,27 @@ def isolation() -> Isolation:
 def _found() -> tuple[Isolation | None, str]:
     """The first way that works, or why none does."""
     refusals = []
-    for way, seccomp in WAYS:
-        refusal = _try(way, seccomp)
+    for way in WAYS:
+        refusal = _try(way)
         if refusal is None:
-            return Isolation(way, seccomp), ""
+            return Isolation(way), ""
         refusals.append(f"{way}: {refusal}")
     return None, "; ".join(dict.fromkeys(refusals)) or "none is known"
 
 
-def _try(way: Way, seccomp: bool) -> str | None:
-    """None when a program runs behind these walls, else what stands against it."""
+def _try(way: Way) -> str | None:
+    """None when a program runs behind these walls and seccomp, else what stands against it."""
     if not sys.platform.startswith("linux"):
         return "only Linux has it"
     if way == "bubblewrap" and shutil.which("bwrap") is None:
         return "not installed"
-    result = _run(Isolation(way, seccomp), "", timeout_s=20, memory_mib=256)
+    result = _run(Isolation(way), "", timeout_s=20, memory_mib=256)
     return None if result.finished else result.reason
 
 
 @cache
 def _without_walls() -> Isolation:
-    return Isolation("none", seccomp=_try("none", True) is None)
+    return Isolation("none", seccomp=_try("none") is None)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -161,6 +155,7 @@ def _run(walls: Isolation, program: str, timeout_s: float, memory_mib: int) -> R
             "way": walls.way,
             "seccomp": walls.seccomp,
             "visible": visible_paths(),
+            "python": _python(),
             "bwrap": _bwrap() if walls.way == "bubblewrap" else [],
             "folder": start,
             "timeout_s": timeout_s,
@@ -226,7 +221,7 @@ def _end(process: Process, patience: float) -> int:
 def _started(report: int, job: str) -> Iterator[tuple[Process, IO[bytes]]]:
     """The keeper at work, and what it prints; it is gone at the end, whatever happens."""
     process = subprocess.Popen(
-        _python(str(_HERE / "sandbox_child.py")),
+        [*_python(), str(_HERE / "sandbox_child.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -249,27 +244,30 @@ def _started(report: int, job: str) -> Iterator[tuple[Process, IO[bytes]]]:
 def _environment() -> dict[str, str]:
     """What a program finds in os.environ, and what some interpreters cannot start without."""
     needed = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-    return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **needed}
+    # One arena: glibc takes 64 MiB of the bounded address space for each, so for each thread.
+    fixed = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
+    return fixed | needed
 
 
-def _python(script: str) -> list[str]:
-    return [_interpreter(), "-I", "-S", "-B", "-X", "utf8", script]
+def _python() -> list[str]:
+    return [_interpreter(), "-I", "-S", "-B", "-X", "utf8"]
 
 
 def _bwrap() -> list[str]:
-    """The command that builds the same world as sandbox_kernel.build_root."""
+    """The command that builds the world of sandbox_kernel.build_root, up to complete_bwrap."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent"]
-    command += ["--cap-drop", "ALL", "--unshare-user", "--uid", "65534", "--gid", "65534"]
-    command += ["--hostname", "sandbox", "--dev", "/dev"]
-    command += ["--size", str(TMP_MIB << 20), "--perms", "1777", "--tmpfs", "/tmp"]
+    command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]  # until complete_bwrap is done
+    command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    command += ["--perms", "1777", "--tmpfs", "/tmp"]
+    for path in filter(os.path.exists, DEVICES):
+        command += ["--dev-bind", path, path]
     for path in visible_paths():
         link = os.path.islink(path)
         command += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
     command += ["--ro-bind", _interpreter(), _interpreter()]
     for name in _CHILD_FILES:
         command += ["--ro-bind", str(_HERE / name), f"/sandbox/nanochat_jax/{name}"]
-    command += ["--remount-ro", "/", "--chdir", "/tmp"]
-    return [*command, *_python("/sandbox/nanochat_jax/sandbox_child.py")]
+    return [*command, "--remount-ro", "/", *_python(), "/sandbox/nanochat_jax/sandbox_child.py"]
 
 
 def _interpreter() -> str:

@@ -3,13 +3,14 @@
     keeper                      keeps the time, kills and reaps
       └ builder                 where there are namespaces: mounts the new root; or it is bwrap
           └ init                the first process of the process namespace; or it is bwrap's
-              └ program         limits, Landlock, seccomp, and at last the program itself
+              └ program         limits, Landlock, seccomp; becomes sandbox_program.py at last
 
 Started by the bare interpreter (-I -S), never imported by the package. Reads one JSON job from its
 standard input; its exit code is that of the program, TIMED_OUT, or NO_WALLS. bwrap starts this file
-once more, as the program, with the descriptor to report to as its argument.
+once more, as the program, with the descriptor that tells that the walls are up as its argument.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -17,28 +18,37 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanochat_jax import sandbox_kernel as kernel
-from nanochat_jax import sandbox_program, sandbox_seccomp
+from nanochat_jax import sandbox_seccomp
 
-del sys.path[0]  # the program must not find our modules
+del sys.path[0]
 
 TIMED_OUT, NO_WALLS = 124, 125
 OTHER_FAILURE = 1
 
 Job = dict[str, Any]
 
+# Read now: behind the walls its file is out of sight.
+_RUNNER = Path(__file__).with_name("sandbox_program.py").read_text(encoding="utf-8")
+
 
 def main() -> NoReturn:
     job = json.loads(sys.stdin.buffer.read())
+    # Numbered beyond what the program may open, so that the filter can tell it from all others.
+    interpreter = os.open(job["python"][0], os.O_RDONLY)
+    job["interpreter"] = fcntl.fcntl(interpreter, fcntl.F_DUPFD_CLOEXEC, kernel.OPEN_FILES)
+    os.close(interpreter)
     if len(sys.argv) > 1:
+        kernel.complete_bwrap()
         _program(job, ready=int(sys.argv[1]))
+    _children()  # says now that they cannot be found
     kernel.die_with_parent(signal.SIGTERM)
     kernel.adopt_orphans()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may ignore it, and we inherit that
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM})
     ready, tell_ready = os.pipe()
     child = _fork(lambda: _inside(job, tell_ready))
@@ -48,6 +58,10 @@ def main() -> NoReturn:
         os._exit(NO_WALLS)
     code = _watch(child, time.monotonic() + job["timeout_s"])
     _kill_all()
+    if job["folder"]:  # here too, as the parent may be gone
+        import shutil  # each import takes time from every program
+
+        shutil.rmtree(job["folder"], ignore_errors=True)
     os._exit(code)
 
 
@@ -67,12 +81,19 @@ def _watch(child: int, deadline: float) -> int:
 def _kill_all() -> None:
     """Kills and reaps every descendant: orphans become children of the keeper."""
     while True:
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+        for child in _children():
+            os.kill(child, signal.SIGKILL)
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
+
+
+def _children() -> list[int]:
+    try:
+        return [*map(int, Path("/proc/thread-self/children").read_text().split())]
+    except OSError as error:
+        raise kernel.Refused(f"/proc does not tell the children ({error.strerror})") from None
 
 
 def _inside(job: Job, ready: int) -> NoReturn:
@@ -91,14 +112,19 @@ def _inside(job: Job, ready: int) -> NoReturn:
 
 def _become_bwrap(job: Job, ready: int) -> NoReturn:
     """The same job, in bwrap's namespaces."""
-    letter = os.memfd_create("job")
-    os.write(letter, json.dumps(job).encode())
-    os.lseek(letter, 0, os.SEEK_SET)
-    os.dup2(letter, 0)
+    _hand_in(job)
     os.set_inheritable(ready, True)
-    os.set_inheritable(job["report"], True)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, signal.SIGTERM})
     os.execv(job["bwrap"][0], [*job["bwrap"], str(ready)])
+
+
+def _hand_in(letter: Job) -> None:
+    """Makes `letter` the standard input of what this process becomes."""
+    sheet = os.memfd_create("letter")
+    os.write(sheet, json.dumps(letter).encode())
+    os.lseek(sheet, 0, os.SEEK_SET)
+    os.dup2(sheet, 0)
+    os.close(sheet)
 
 
 def _hand_over(then: Callable[[], NoReturn]) -> NoReturn:
@@ -117,24 +143,24 @@ def _hand_over(then: Callable[[], NoReturn]) -> NoReturn:
 
 def _program(job: Job, ready: int) -> NoReturn:
     """The last steps, each of which takes away the means for the ones before it."""
-    report = job["report"]
     if job["folder"]:
         os.chdir(job["folder"])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, signal.SIGTERM})
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    kernel.limit(job["memory_mib"], math.ceil(job["timeout_s"]) + 1)
+    _hand_in({name: job[name] for name in ("program", "secret")})
+    # Where it shares its user with all else that runs, memory bounds its threads.
+    count_tasks = job["way"] in ("bubblewrap", "namespaces") or not job["seccomp"]
+    kernel.limit(job["memory_mib"], math.ceil(job["timeout_s"]) + 1, count_tasks)
     if job["way"] == "landlock":
-        kernel.lock_files(job["visible"])
+        kernel.lock_files(job["visible"], job["python"][0])
     kernel.drop_capabilities()
     kernel.die_with_parent()
     if job["seccomp"]:
-        sandbox_seccomp.install(os.getpid(), may_write=job["way"] != "landlock")
-    os.write(ready, b".")
-    for number in range(3, kernel.OPEN_FILES):
-        if number != report:
-            with suppress(OSError):
-                os.close(number)
-    sandbox_program.run_program(job, report)
+        may_write = job["way"] != "landlock"
+        sandbox_seccomp.install(os.getpid(), job["interpreter"], may_write)
+    # A new interpreter: in this one, ctypes would give the program the raw memory.
+    os.set_inheritable(ready, True)
+    command = [*job["python"], "-c", _RUNNER, str(job["report"]), str(ready)]
+    os.execve(job["interpreter"], command, os.environ)
 
 
 def _fork(then: Callable[[], NoReturn]) -> int:
@@ -156,4 +182,8 @@ def _code(status: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:  # of the keeper, or behind bwrap
+        print(error, flush=True)
+        os._exit(NO_WALLS)

@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import signal
-import socket
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
@@ -71,21 +70,20 @@ def unshare() -> None:
             os.unshare(flags)
         except OSError as error:
             raise Refused(f"no namespaces ({error.strerror})") from None
-    socket.sethostname("sandbox")
+    _libc.sethostname(b"sandbox", 7)
 
 
 def build_root(visible: Sequence[str]) -> None:
     """A root directory with nothing but `visible`, read-only, some devices and an empty /tmp."""
     _mount(None, "/", None, _PRIVATE | _ALL_BELOW)
     trees = {path: _clone_tree(path, _READ_ONLY | _NO_DEVICES) for path in _real(visible)}
-    trees |= {path: _clone_tree(path, _NO_EXECUTE) for path in _real(DEVICES)}
+    trees |= {path: _clone_tree(path, _READ_ONLY | _NO_EXECUTE) for path in _real(DEVICES)}
     links = {path: os.readlink(path) for path in visible if os.path.islink(path)}
     # Any directory will do: the trees are held by their descriptors.
     _mount("tmpfs", "/usr", "tmpfs", _NO_SETUID | _NO_DEVICES, "size=1m,mode=755")
     os.chdir("/usr")
     os.mkdir("./tmp")  # first, for an interpreter may live below it
-    size = f"size={TMP_MIB}m,nr_inodes=1024,mode=1777"
-    _mount("tmpfs", "./tmp", "tmpfs", _NO_SETUID | _NO_DEVICES | _NO_EXECUTE, size)
+    _mount_tmp("./tmp")
     for path, tree in trees.items():
         _attach(tree, path)
     for path, target in links.items():
@@ -98,6 +96,22 @@ def build_root(visible: Sequence[str]) -> None:
     os.chdir("/tmp")
 
 
+def complete_bwrap() -> None:
+    """What bwrap cannot be told: that /tmp holds few files, and that devices keep their modes.
+
+    Writing to a device is not writing to its file system: they work, read-only.
+    """
+    _mount_tmp("/tmp", again=_REMOUNT)
+    for path in _real(DEVICES):
+        _set_attributes(_HERE, path, _READ_ONLY | _NO_EXECUTE)
+    os.chdir("/tmp")
+
+
+def _mount_tmp(path: str, again: int = 0) -> None:
+    size = f"size={TMP_MIB}m,nr_inodes=1024,mode=1777"
+    _mount("tmpfs", path, "tmpfs", again | _NO_SETUID | _NO_DEVICES | _NO_EXECUTE, size)
+
+
 def _real(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if os.path.exists(path) and not os.path.islink(path)]
 
@@ -106,10 +120,15 @@ def _clone_tree(path: str, attributes: int) -> int:
     """A descriptor of a detached copy of the mounts at `path`, with attributes set on all."""
     flags = _CLONE_TREE | _CLOSE_ON_EXEC | _RECURSIVE
     tree = _syscall("open_tree", _OPEN_TREE, _HERE, path.encode(), flags)
-    wanted = (ctypes.c_uint64 * 4)(attributes | _NO_SETUID, 0, 0, 0)
-    where = _EMPTY_PATH | _RECURSIVE
-    _syscall("mount_setattr", _MOUNT_SETATTR, tree, b"", where, wanted, ctypes.sizeof(wanted))
+    _set_attributes(tree, "", attributes)
     return tree
+
+
+def _set_attributes(folder: int, path: str, attributes: int) -> None:
+    """On all mounts at `path` from the descriptor `folder`."""
+    wanted = (ctypes.c_uint64 * 4)(attributes | _NO_SETUID, 0, 0, 0)
+    how = (_EMPTY_PATH | _RECURSIVE, wanted, ctypes.sizeof(wanted))
+    _syscall("mount_setattr", _MOUNT_SETATTR, folder, path.encode(), *how)
 
 
 def _attach(tree: int, path: str) -> None:
@@ -133,8 +152,8 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 # --- Landlock -------------------------------------------------------------------------------------
 
 
-def lock_files(visible: Sequence[str]) -> None:
-    """Allows this process to read `visible`, and no file of any kind otherwise.
+def lock_files(visible: Sequence[str], interpreter: str) -> None:
+    """Allows this process to read `visible`, use DEVICES and become `interpreter`; no other file.
 
     From the third version of Landlock on (Linux 6.2), which also guards against cutting files.
     """
@@ -150,17 +169,19 @@ def lock_files(visible: Sequence[str]) -> None:
         "Landlock", _LANDLOCK_CREATE, attributes, ctypes.c_size_t(ctypes.sizeof(attributes)), 0
     )
     for path in filter(os.path.exists, visible):
-        _allow_reading(rules, path)
+        _allow(rules, path, 0b1101 if os.path.isdir(path) else 0b0100)
+    for path in _real(DEVICES):
+        _allow(rules, path, 0b0110)
+    _allow(rules, interpreter, 0b0101)
     allow_no_new_privileges()
     _syscall("Landlock", _LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
 
 
-def _allow_reading(rules: int, path: str) -> None:
+def _allow(rules: int, path: str, what: int) -> None:
+    """what: a sum of LANDLOCK_ACCESS_FS_…: 1 execute, 2 write and 4 read files, 8 list folders."""
     beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    is_folder = stat.S_ISDIR(os.fstat(beneath).st_mode)
-    allowed = 0b1101 if is_folder else 0b0100  # execute (libraries), read files, list folders
-    rule = allowed.to_bytes(8, "little") + beneath.to_bytes(4, "little")
+    rule = what.to_bytes(8, "little") + beneath.to_bytes(4, "little")
     _syscall("Landlock", _LANDLOCK_ADD, rules, 1, ctypes.c_char_p(rule), 0)
     os.close(beneath)
 
@@ -168,14 +189,17 @@ def _allow_reading(rules: int, path: str) -> None:
 # --- limits ---------------------------------------------------------------------------------------
 
 
-def limit(memory_mib: int, cpu_s: int) -> None:
-    """Bounds on what one process may take; they can only be lowered afterwards."""
+def limit(memory_mib: int, cpu_s: int, count_tasks: bool) -> None:
+    """Bounds on what one process may take; they can only be lowered afterwards.
+
+    count_tasks: also on the threads and processes that its user has in its user namespace.
+    """
     for what, most in (
         (resource.RLIMIT_AS, memory_mib << 20),
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_FSIZE, LARGEST_FILE),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_NPROC, THREADS),
+        *([(resource.RLIMIT_NPROC, THREADS)] if count_tasks else []),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),

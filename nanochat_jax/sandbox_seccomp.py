@@ -1,18 +1,18 @@
 """The system calls that a sandboxed program may make: a seccomp filter, for x86-64 and aarch64.
 
 A list of what is allowed; all else fails with "Operation not permitted". No new process and no new
-program can be started, no signal sent to another process, no socket made but a connected pair
-(asyncio wants one), and nothing traced, mounted or mapped from elsewhere. Needs nothing but the
-standard library. Numbers: asm/unistd_64.h and asm-generic/unistd.h; format: linux/filter.h.
+program can be started (but the interpreter, once), no signal sent to another process, no socket
+made but a connected pair (asyncio wants one), and nothing traced, mounted or mapped from elsewhere.
+Needs nothing but the standard library. Numbers: asm/unistd_64.h and asm-generic/unistd.h; format:
+linux/filter.h.
 """
 
 import ctypes
 import errno
 import platform
 import struct
-from pathlib import Path
 
-from nanochat_jax.sandbox_kernel import allow_no_new_privileges, prctl_pointer
+from nanochat_jax.sandbox_kernel import Refused, allow_no_new_privileges, prctl_pointer
 
 # name:number on x86-64:number on aarch64
 _HARMLESS = """
@@ -41,7 +41,7 @@ geteuid:107:175 getgid:104:176 getegid:108:177 getgroups:115:158 getresuid:118:1
 getresgid:120:150 getpgid:121:155 getpgrp:111:- getsid:124:156 getpriority:140:141 capget:125:90
 getrlimit:97:163 wait4:61:260 waitid:247:95 sendto:44:206 recvfrom:45:207 sendmsg:46:211
 recvmsg:47:212 shutdown:48:210 getsockname:51:204 getpeername:52:205 getsockopt:55:209
-setsockopt:54:208
+arch_prctl:158:-
 """
 _WRITING = """
 mkdir:83:- mkdirat:258:34 rmdir:84:- unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38
@@ -51,7 +51,7 @@ fchownat:260:54 lchown:94:- utime:132:- utimes:235:- utimensat:280:88 futimesat:
 """
 _CHECKED = """
 clone:56:220 clone3:435:435 kill:62:129 tgkill:234:131 prlimit64:302:261 fcntl:72:25 ioctl:16:29
-prctl:157:167 socketpair:53:199
+prctl:157:167 socketpair:53:199 execveat:322:281
 """
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_…
@@ -72,26 +72,23 @@ _NEWER_THAN_THIS_TABLE = 450  # programs expect "not implemented" of what they m
 Instructions = list[bytes]
 
 
-def is_available() -> bool:
-    """Whether this kernel filters system calls, and we know their numbers here."""
-    known = platform.machine() in _ARCHITECTURES and ctypes.sizeof(ctypes.c_void_p) == 8
-    return known and Path("/proc/sys/kernel/seccomp/actions_avail").exists()
-
-
-def install(pid: int, may_write: bool) -> None:
+def install(pid: int, interpreter: int, may_write: bool) -> None:
     """Filters the system calls of this process, whose number is `pid`, for good.
 
-    may_write: also those that change files and folders.
+    interpreter: the descriptor of the only program that it may become. may_write: it may also
+    change files and folders.
     """
+    if platform.machine() not in _ARCHITECTURES or ctypes.sizeof(ctypes.c_void_p) != 8:
+        raise Refused(f"seccomp: our table does not have the numbers of {platform.machine()}")
     allow_no_new_privileges()
-    program = b"".join(build(pid, may_write))
+    program = b"".join(build(pid, interpreter, may_write))
     code = ctypes.create_string_buffer(program, len(program))
     count, address = len(program) // 8, ctypes.addressof(code)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", count, address))
     prctl_pointer(_SET_SECCOMP, _MODE_FILTER, header)
 
 
-def build(pid: int, may_write: bool, machine: str | None = None) -> Instructions:
+def build(pid: int, interpreter: int, may_write: bool, machine: str | None = None) -> Instructions:
     """The filter as BPF instructions of 8 bytes."""
     column, architecture = _ARCHITECTURES[machine or platform.machine()]
     checked = _table(_CHECKED, column)
@@ -103,6 +100,7 @@ def build(pid: int, may_write: bool, machine: str | None = None) -> Instructions
     for name in ("kill", "tgkill"):
         code += _only(checked[name], 0, (pid,))
     code += _only(checked["prlimit64"], 0, (0, pid))
+    code += _only(checked["execveat"], 0, (interpreter,))
     for name, commands in _ALLOWED_COMMANDS.items():
         code += _only(checked[name], _COMMAND_ARGUMENT[name], commands)
     code += _when(checked["clone"], _is_thread())

@@ -10,7 +10,7 @@ from nanochat_jax import sandbox
 
 @pytest.fixture(params=WALLS, ids=[walls.way for walls in WALLS])
 def walls(request):
-    refusal = sandbox._try(request.param.way, request.param.seccomp)
+    refusal = sandbox._try(request.param.way)
     if refusal is not None:
         pytest.skip(f"{request.param}: {refusal}")
     return request.param

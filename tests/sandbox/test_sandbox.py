@@ -57,6 +57,32 @@ random.seed(1); time.sleep(0); print("ümlaut")
     )
 
 
+def test_what_models_like_to_write_works(walls):
+    check(
+        walls,
+        """
+import contextlib, doctest, os, threading, unittest
+from concurrent.futures import ThreadPoolExecutor
+
+def double(x):
+    '''
+    >>> double(2)
+    4
+    '''
+    return 2 * x
+
+class Test(unittest.TestCase):
+    def test_double(self): self.assertEqual(double(1), 2)
+
+together = threading.Barrier(12)
+with ThreadPoolExecutor(12) as pool: assert len({*pool.map(together.wait, [9] * 12)}) == 12
+assert doctest.testmod() == (0, 1)
+assert unittest.main(exit=False).result.wasSuccessful()
+with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing): print("x")
+""",
+    )
+
+
 def test_what_is_written_lands_in_an_empty_folder_of_its_own(walls):
     if walls.way == "landlock":
         pytest.skip("nothing can be written there")
@@ -160,6 +186,61 @@ gc.get_objects()
 raise SystemExit(0)
 """,
     "ctypes": "import ctypes\nraise SystemExit(0)",
+    "test module": "import _testcapi",
+    "ctypes by its file": """
+import _imp, math, types
+class Name(str):
+    def __contains__(self, part): return False
+    def __str__(self): return "math"
+    def __radd__(self, other): return "math"
+path = math.__file__.replace("math.", "_ctypes.")
+_imp.create_dynamic(types.SimpleNamespace(name=Name("a._ctypes"), origin=path))
+""",
+    "ctypes left behind": """
+import sys
+def below(kind):
+    yield kind
+    for child in type.__subclasses__(kind): yield from below(child)
+assert any("ctypes" in kind.__module__ for kind in below(object)) or "ctypes" in sys.modules
+""",
+    "walls left behind": """
+import sys
+frame, found = sys._getframe(), []
+while frame:
+    found += [value for value in frame.f_globals.values() if hasattr(value, "_libc")]
+    frame = frame.f_back
+assert found
+""",
+    "jump": """
+import sys
+def jump(frame, event, argument):
+    if frame.f_code.co_filename == "<program>" and frame.f_lineno == 8: frame.f_lineno = 9
+    return jump
+sys._getframe().f_trace = jump
+sys.settrace(jump)
+assert len("a") == 2
+last = 1
+""",
+    "jump in all threads": """
+import sys, threading
+def jump(frame, event, argument):
+    if frame.f_code.co_filename == "<program>" and frame.f_lineno == 8: frame.f_lineno = 9
+    return jump
+sys._getframe().f_trace = jump
+threading.settrace_all_threads(jump)
+assert len("a") == 2
+last = 1
+""",
+    "jump by monitoring": """
+import sys
+def jump(code, line):
+    if code.co_filename == "<program>" and line == 8: sys._getframe(1).f_lineno = 9
+sys.monitoring.use_tool_id(3, "jump")
+sys.monitoring.register_callback(3, sys.monitoring.events.LINE, jump)
+sys.monitoring.set_events(3, sys.monitoring.events.LINE)
+assert len("a") == 2
+last = 1
+""",
     "trace": """
 import sys
 def jump(frame, event, argument):
@@ -191,8 +272,14 @@ def test_only_the_last_line_counts(name):
     assert result.reason != "finished"
 
 
-@pytest.mark.parametrize("name", ["garbage collector", "referents", "ctypes"])
-def test_searching_the_interpreter_is_refused(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("garbage collector", "referents", "ctypes", "ctypes by its file", "test module"),
+        *("jump", "jump by monitoring"),
+    ],
+)
+def test_opening_the_interpreter_is_refused(name):
     assert within(isolated(), FAKES[name]).reason.startswith("PermissionError: not allowed")
 
 
@@ -262,6 +349,17 @@ def alive(pids: list[int]) -> list[int]:
     return [pid for pid, state in states.items() if state != "Z"]
 
 
+def test_a_parent_that_ignores_its_children_gets_results():
+    isolated()
+    program = """
+import signal
+from nanochat_jax.sandbox import Result, run
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+assert run("") == Result(True, "finished", "")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
 # --- without walls --------------------------------------------------------------------------------
 
 
@@ -292,6 +390,20 @@ def test_without_walls_it_goes_on_when_told_to(bare, recorded, tmp_path, monkeyp
     assert not run("while True: pass", timeout_s=0.3, allow_unsandboxed=True).finished
     assert list(tmp_path.iterdir()) == []
     assert leftovers(recorded) == []
+
+
+def test_a_stopped_parent_leaves_no_folder(tmp_path):
+    program = f"""
+import tempfile
+from nanochat_jax.sandbox import Isolation, _run
+tempfile.tempdir = {str(tmp_path)!r}
+_run(Isolation("none", seccomp=False), "open('file', 'w').close()\\nwhile True: pass", 60, 256)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    wait_until(lambda: [*tmp_path.glob("*/file")])
+    parent.terminate()
+    parent.wait()
+    wait_until(lambda: not [*tmp_path.iterdir()])
 
 
 def test_children_that_hide_are_found(recorded):

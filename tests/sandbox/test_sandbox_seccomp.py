@@ -4,6 +4,7 @@ import platform
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from walls import ROOT
@@ -13,14 +14,14 @@ from nanochat_jax import sandbox_seccomp
 # --- the filter -----------------------------------------------------------------------------------
 
 ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
-ME = 42
+ME, INTERPRETER = 42, 64
 
 
 def verdict(machine: str, number: int, *arguments: int, may_write: bool = True) -> int:
     """Runs the filter as the kernel would."""
     architecture = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
     data = struct.pack("<iIQ6Q", number, architecture, 0, *(*arguments, *[0] * 6)[:6])
-    code = sandbox_seccomp.build(ME, may_write, machine)
+    code = sandbox_seccomp.build(ME, INTERPRETER, may_write, machine)
     accumulator = position = 0
     while True:
         operation, if_true, if_false, value = struct.unpack("HBBI", code[position])
@@ -53,12 +54,13 @@ def test_the_filter_says_what_it_should(machine):
                 "clone",
                 "clone3",
                 "execve",
+                "execveat",
                 "ptrace",
                 "mkdirat",
             ],
             {
-                "x86_64": [0, 41, 53, 62, 56, 435, 59, 101, 258],
-                "aarch64": [63, 198, 199, 129, 220, 435, 221, 117, 34],
+                "x86_64": [0, 41, 53, 62, 56, 435, 59, 322, 101, 258],
+                "aarch64": [63, 198, 199, 129, 220, 435, 221, 281, 117, 34],
             }[machine],
             strict=True,
         )
@@ -77,6 +79,8 @@ def test_the_filter_says_what_it_should(machine):
     assert verdict(machine, number["clone"], new_user) == EPERM
     assert verdict(machine, number["clone3"]) == ENOSYS
     assert verdict(machine, number["execve"]) == EPERM
+    assert verdict(machine, number["execveat"], INTERPRETER) == ALLOW
+    assert verdict(machine, number["execveat"], INTERPRETER - 1) == EPERM
     assert verdict(machine, number["ptrace"]) == EPERM
     assert verdict(machine, number["mkdirat"]) == ALLOW
     assert verdict(machine, number["mkdirat"], may_write=False) == EPERM
@@ -86,7 +90,7 @@ def test_the_filter_says_what_it_should(machine):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 def test_the_kernel_obeys_the_filter():
-    if not sandbox_seccomp.is_available():
+    if not Path("/proc/sys/kernel/seccomp/actions_avail").exists():
         pytest.skip("no seccomp in this kernel")
     numbers = {
         **{"ptrace": 101, "mount": 165, "bpf": 321, "unshare": 272, "keyctl": 250, "shmget": 29},
@@ -97,7 +101,7 @@ def test_the_kernel_obeys_the_filter():
 import ctypes, os
 from nanochat_jax import sandbox_seccomp
 libc = ctypes.CDLL(None, use_errno=True)
-sandbox_seccomp.install(os.getpid(), may_write=False)
+sandbox_seccomp.install(os.getpid(), interpreter=64, may_write=False)
 for name, number in {numbers!r}.items():
     assert libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1, name
 """

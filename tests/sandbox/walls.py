@@ -8,7 +8,7 @@ from nanochat_jax import sandbox
 from nanochat_jax.sandbox import Isolation, Result, isolation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WALLS = [walls for walls in (Isolation(*way) for way in sandbox.WAYS) if walls.seccomp]
+WALLS = [Isolation(way) for way in sandbox.WAYS]
 
 
 def within(walls: Isolation, program: str, seconds: float = 10, memory_mib: int = 256) -> Result:
