@@ -4,9 +4,11 @@ runs/<name>/ is described in checkpoint.py. What decides the numbers of a run (i
 saved with every checkpoint and compared when the run is resumed; everything else may change.
 """
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from nanochat_jax.config import base_dir, to_toml
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tracking import FILE
 
-CONFIG_FILE = "config.toml"
+CONFIG_FILE, LOCK_FILE = "config.toml", ".lock"
 
 
 def run_folder(name: str | Path) -> Path:
@@ -55,13 +57,39 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
             f"the run {folder} exists already: continue it with --resume, choose another name with "
             "--run, or delete it and start again with --overwrite"
         )
+    if overwrite and Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"--overwrite would delete {folder.resolve()}, and you are in it: name another --run"
+        )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes from training in it; ValueError where one does.
+
+    The lock ends with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training the run {folder}: wait for its end or stop it, or "
+                "choose another name with --run"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def make_ready(folder: Path, overwrite: bool) -> None:
-    """Makes the folder, empty if `overwrite`; for one process only."""
-    if overwrite and _is_run(folder):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Empties the folder, but for its lock, if `overwrite`; for one process only."""
+    for path in folder.iterdir() if overwrite and _is_run(folder) else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
 
 
 def _is_run(folder: Path) -> bool:

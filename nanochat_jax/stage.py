@@ -9,10 +9,12 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import gcd, lcm
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol, Self
 
 import jax
@@ -38,6 +40,7 @@ from nanochat_jax.loop import (
 from nanochat_jax.report import Meter, record
 from nanochat_jax.runs import (
     CONFIG_FILE,
+    alone,
     check_free,
     check_same,
     default_run,
@@ -97,6 +100,11 @@ def run_stage(stage: Stage) -> int:
     """Trains, or goes on training; returns the exit code."""
     check_free(stage.folder, stage.config.resume, stage.config.overwrite)
     wait_for_all("checked")
+    with alone(stage.folder) if is_main_process() else nullcontext():
+        return _run(stage)
+
+
+def _run(stage: Stage) -> int:
     if is_main_process():
         make_ready(stage.folder, stage.config.overwrite)
         stage.announce()
@@ -310,5 +318,6 @@ def _report_end(stage: Stage, outcome: Outcome, meter: Meter) -> None:
     elif outcome.stopped_by:
         say(
             f"stopped by {outcome.stopped_by} after step {step} of {planned}; saved. Continue "
-            f"with: python scripts/{stage.name}.py --config {stage.folder / CONFIG_FILE} --resume"
+            f"with: python scripts/{stage.name}.py "
+            f"--config {quote(str(stage.folder / CONFIG_FILE))} --resume"
         )
