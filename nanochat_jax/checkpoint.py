@@ -13,6 +13,8 @@ was being written when the process died has another name and is never seen.
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -31,8 +33,10 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState
 
 FOLDER, TOKENIZER_FOLDER = "checkpoints", "tokenizer"
+NO_SPACE = "No space left on device"
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns there of what is meant to be so
+# Orbax warns there of what is meant to be so, and tells a failed save five times before it raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -79,17 +83,15 @@ class Checkpoints:
         the save before, if anything.
         """
         bpb = meta.get("val_bpb")
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(_flat(state.opt_state)),
-                meta=ocp.args.JsonSave(meta),
-                loader=ocp.args.JsonSave(loader_state or {}),
-            ),
-            metrics={} if bpb is None else {"val_bpb": bpb},
-            force=True,
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.StandardSave(_flat(state.opt_state)),
+            meta=ocp.args.JsonSave(meta),
+            loader=ocp.args.JsonSave(loader_state or {}),
         )
+        metrics = {} if bpb is None else {"val_bpb": bpb}
+        with self._writing():
+            self._manager.save(int(state.step), args=args, metrics=metrics, force=True)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state saved at a step, in the shapes and shardings of `abstract` (logical)."""
@@ -117,10 +119,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the save that is under way has ended; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self) -> Self:
         return self
@@ -132,11 +136,26 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise of every kind
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(
-                f"checkpoint {self.folder / str(step)} cannot be read ({reason}); if it is "
+                f"checkpoint {self.folder / str(step)} cannot be read ({_reason(error)}); if it is "
                 "damaged, delete that folder to go back to the one before"
             ) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of every kind, too
+            raise ValueError(
+                f"a checkpoint cannot be written to {self.folder} ({_reason(error)}); those before "
+                "it are whole: when there is room and right to write, go on with --resume"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong; of a full disk only that."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return NO_SPACE if NO_SPACE in str(error) else lines[0]
 
 
 def _val_bpb(metrics: dict[str, float]) -> float:

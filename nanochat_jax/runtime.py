@@ -5,6 +5,7 @@ traceback means a fault of ours.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -45,12 +46,18 @@ def run_script(main: Callable[[], None]) -> None:
     That is a ValueError raised by our own code, or an OSError (no file, no right, no space).
     NANOCHAT_TRACEBACK=1 shows the traceback all the same.
     """
+    logging.basicConfig()  # unless a library has done so
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     try:
         main()
     except (ValueError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK") == "1" or not _is_the_users(error):
             raise
-        sys.exit(f"error: {error}")
+        message = f"error: {error}"
+    else:
+        return
+    sys.exit(message)  # outside, so that what the error holds on to is gone by then
 
 
 def _is_the_users(error: BaseException) -> bool:

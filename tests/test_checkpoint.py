@@ -1,6 +1,7 @@
 """Checkpoints: exact, kept and dropped by rule, free of the device count, safe against kill -9."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -182,6 +183,28 @@ def test_kill_9_during_a_write_leaves_the_checkpoint_before(tmp_path):
         checkpoints.save(small_state(2), {}, None)
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
+
+
+def test_a_full_disk_is_said_in_one_sentence(tmp_path, capfd):
+    """Files that may not grow stand for it; what was saved before stays whole."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rng = np.random.default_rng(0)
+    big = {"wte": jnp.asarray(rng.normal(size=(400, 400)), jnp.float32)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(small_state(1), {}, None)
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        checkpoints.save(TrainState(jnp.int32(2), big, {"mu": big}), {}, None)
+        try:
+            with pytest.raises(
+                ValueError, match=r"a checkpoint cannot be written to .*checkpoints"
+            ):
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "orbax" not in capfd.readouterr().err  # no traceback of theirs
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
