@@ -115,7 +115,8 @@ def _named(tasks: TaskNames) -> list[tuple[str, str]]:
 def mixture(tasks: str, split: Literal["train", "test"]) -> Mixture:
     """The tasks of a line of text, shuffled together once, with a fixed seed.
 
-    Of a task without a test part, as a file of conversations is, the last twentieth is kept for it.
+    Of a task without a test part, as a file of conversations is, the last twentieth is kept for it,
+    and one conversation at least.
     """
     made = [(_part(one, split), one.times) for one in parse_tasks(tasks)]
     return Mixture([task for task, times in made for _ in range(times)])
@@ -125,7 +126,9 @@ def _part(one: Listed, split: str) -> Task:
     if _test_split(one.name) == "test":
         return make_task(one.name, split, limit=one.limit)
     whole = make_task(one.name, "train", limit=one.limit)
-    kept = len(whole) - len(whole) // HELD_OUT
+    kept = len(whole) - max(1, len(whole) // HELD_OUT)
+    if not kept:
+        raise ValueError(f"{one} has a single conversation; at least 2 are needed, one to measure")
     return Slice(whole, 0, kept) if split == "train" else Slice(whole, kept)
 
 
@@ -191,7 +194,7 @@ def describe_pass(found: Pass, packing: Packing) -> str:
     sure = found.looked_at >= found.conversations
     about = "" if sure else f" (estimated from the first {found.looked_at:,})"
     told = [
-        f"{found.conversations:,} conversations make {found.rows:,.0f} rows, {packing}{about}",
+        f"{found.conversations:,} conversations make {ceil(found.rows):,} rows, {packing}{about}",
         f"padding {100 * found.padding_share:.1f} %",
     ]
     lost = {

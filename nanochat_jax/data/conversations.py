@@ -267,6 +267,7 @@ class ConversationStream:
         self._index, self._layout, self._source = index, layout, source
         self._rendered, self._pad_id = rendered, pad_id
         self.used_tokens = self.cropped_tokens = 0  # cropped is text, never a conversation
+        self.cut, self.dropped = set[int](), set[int]()  # which, however often they came round
         self._start(0)
 
     def _start(self, visit: int) -> None:
@@ -310,11 +311,15 @@ class ConversationStream:
         """The next conversation that is not dropped."""
         for _ in range(len(self._source)):
             rendered = next(self._rendered)
+            number = self._number(self._next)
             self._next += 1
-            self._counts[CUT] += rendered.is_cut
+            if rendered.is_cut:
+                self._counts[CUT] += 1
+                self.cut.add(number)
             if len(rendered.ids):
                 return Held(self._next - 1, rendered.ids, rendered.mask)
             self._counts[DROPPED] += 1
+            self.dropped.add(number)
         raise ValueError(
             f"none of {len(self._source):,} conversations can be used in rows of "
             f"{self._layout.sequence_len} tokens: their first answers end beyond that"
@@ -439,6 +444,8 @@ def look_ahead(source: Rendering, pad_id: int, sample: int = SAMPLE, buffer: int
             digest.update(row.inputs_RT.tobytes() + row.targets_RT.tobytes())
     finally:
         iterator.close()
+    # The buffer takes those of a small file again and again.
+    counts[DROPPED], counts[CUT] = len(stream.dropped), len(stream.cut)
     return Pass(
         len(source),
         n_rows * len(source) / stream.used,

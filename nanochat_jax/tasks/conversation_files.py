@@ -143,5 +143,5 @@ def _why_unusable_line(line: bytes) -> str | None:
     except UnicodeError as error:
         return f"not valid Unicode ({error})"
     except (ValueError, RecursionError):
-        return "not JSON"
+        return "not JSON; a line must be a whole array of messages"
     return why_unusable(messages)

@@ -1,7 +1,8 @@
 """What a task is: conversations by number, and a judge of completions.
 
 A new verifiable task is one small class: inherit from Task, say `name` and `kind`, and write
-`__len__`, `__getitem__` and `evaluate`. Then registry.py gives it a name on the command line.
+`__len__`, `__getitem__` and `evaluate`. If it is made with a split ("train" or "test") and a limit
+(of examples, or None), a line in registry.py's MADE_HERE gives it a name on the command line.
 
 A conversation is what the tokenizer renders, {"messages": [{"role": …, "content": …}, …]}, ending
 with the assistant's message that is to be learned. That of a categorical task also has "letters":
@@ -18,6 +19,7 @@ type Conversation = dict[str, Any]
 type Part = dict[str, str]
 
 LETTERS = ("A", "B", "C", "D")
+NAMED = 20  # unusable rows that a warning names
 
 
 class Skipped(NamedTuple):
@@ -155,7 +157,11 @@ def report_skipped(name: str, skipped: Sequence[Skipped], total: int) -> None:
     """One warning for all rows that were left out; ValueError when there is no other."""
     if not skipped:
         return
-    first = f"the first is {skipped[0].where}: {skipped[0].why}"
     if len(skipped) == total:
+        first = f"the first is {skipped[0].where}: {skipped[0].why}"
         raise ValueError(f"{name}: none of {total:,} rows can be used; {first}")
-    log.warning("%s: %d of %d rows cannot be used; %s", name, len(skipped), total, first)
+    lines = [f"{name}: {len(skipped)} of {total} rows cannot be used:"]
+    lines += [f"  {row.where}: {row.why}" for row in skipped[:NAMED]]
+    if len(skipped) > NAMED:
+        lines.append(f"  and {len(skipped) - NAMED} more")
+    log.warning("\n".join(lines))

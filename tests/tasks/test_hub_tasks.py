@@ -72,7 +72,8 @@ def test_unusable_rows_are_left_out_counted_and_named(put_rows, caplog, task, go
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     message = caplog.records[0].getMessage()
     assert f"{task}: {len(bad) + 1} of {2 * len(bad) + 2} rows cannot be used" in message
-    assert str(first) in message
+    for skipped in made.skipped:
+        assert f"{skipped.where}: {skipped.why}" in message
 
 
 def test_rows_in_order_are_silent(put_rows, caplog):
