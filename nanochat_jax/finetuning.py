@@ -7,6 +7,7 @@ decides what they train, on what.
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -91,7 +92,7 @@ def _stage(job: Job) -> Stage:
             job.model, job.mesh, job.tokenizer, QUESTIONS, config.sample_tokens, config.seed,
             chat=True,
         ),
-        try_it=f'python scripts/chat.py --run {config.run} -p "What is 12 * 7?"',
+        try_it=f'python scripts/chat.py --run {quote(config.run)} -p "What is 12 * 7?"',
         meta={"source": {"run": job.source.name, "step": job.source.step}},
         facts=partial(_facts, folder),
     )  # fmt: skip

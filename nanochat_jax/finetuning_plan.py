@@ -160,6 +160,11 @@ class Job:
 def prepare(stage: StageName, config: FinetuneConfig) -> Job:
     """Reads and decides all that the run needs, and writes nothing; ValueErrors say what lacks."""
     source = find_source(config.source, config.source_step, SOURCES[stage])
+    if source.meta["stage"] == "rl":
+        raise ValueError(
+            f"{source.folder} is of reinforcement learning, which has no batch to inherit; name "
+            f"the run that it was made from, {source.meta['source']['run']}, with --source"
+        )
     gpt_config = source.gpt_config
     form = FORMS[stage, gpt_config.recipe]
     mesh = make_mesh(config.n_devices)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 import jax
@@ -222,7 +223,7 @@ def _stage(job: Job) -> Stage:
         sample=lambda: make_sample(
             job.model, mesh, job.tokenizer, PROMPTS, config.sample_tokens, config.seed
         ),
-        try_it=f"python scripts/generate.py --run {config.run}",
+        try_it=f"python scripts/generate.py --run {quote(config.run)}",
     )
 
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from time import perf_counter
 from typing import Any, cast
 
@@ -207,7 +208,7 @@ def _stage(job: Job) -> Stage:
         train_step=partial(make_step, job),
         evaluate=partial(_evaluate, job),
         sample=partial(_sample, job),
-        try_it=f"python scripts/chat.py --run {config.run}",
+        try_it=f"python scripts/chat.py --run {quote(config.run)}",
         meta={"source": identity["source"]},
     )
 
@@ -219,6 +220,8 @@ def _announce(job: Job) -> None:
         f"({len(job.train_task):,}) × {config.samples} answers of at most {config.max_new_tokens} "
         f"tokens, from {config.source}, step {config.source_step}"
     )
+    if (config.eval_task or config.task) == config.task and config.task.startswith(JSON):
+        say("measured on the same questions, as a file has no test part; --eval-task names others")
     say(f"{job.mesh.size} × {job.mesh.devices.flat[0].device_kind}, {config.objective()}")
     say(f"everything is kept in {job.folder}")
 
