@@ -99,9 +99,9 @@ def main() -> None:
     results = evaluate(config, drawing, tasks, loaded, make_mesh(config.n_devices))
     found = {"run": config.run, "step": loaded.meta["step"], **chat_json(results)}
     say(chat_table(found))
+    say(json.dumps(found, ensure_ascii=False))
     if is_main_process():
         (folder / "eval_chat.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    say(json.dumps(found, ensure_ascii=False))
 
 
 def which_tasks(config: EvalChatConfig) -> list[str]:
