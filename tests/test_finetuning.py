@@ -133,6 +133,23 @@ def test_mid_training_goes_on_as_it_began_after_sigterm(base):
     assert {record["padding_share"] for record in train} == {0}
 
 
+@pytest.mark.parametrize("source", ["old", "base"])
+def test_kill_9_while_mid_training_saves_changes_nothing(base, source):
+    """In both recipes."""
+    script = Script(base, "midtrain.py", SETTINGS | {"source": source, "num_iterations": 6})
+    script.run(run=f"{source}-whole")
+    folder = script.folder(f"{source}-hunted")
+    process = script.start(run=f"{source}-hunted", save_every=2)
+    wait_for(lambda: list(folder.glob("checkpoints/4.*/params*")), process)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    output = finish(script.start_plain("--config", str(folder / "config.toml"), "--resume"), 0)
+    # Orbax may have been faster.
+    assert "resuming at step 2" in output or "resuming at step 4" in output
+    assert script.trace(f"{source}-hunted") == script.trace(f"{source}-whole")
+    assert not list(folder.glob("checkpoints/*tmp*"))
+
+
 def test_two_processes_train_as_one(script, whole):
     script.run_cluster(2, run="cluster", save_every=0)
     assert_close(script.trace("cluster"), whole)
@@ -311,6 +328,30 @@ def write_conversations(path: Path, lengths: list[int]) -> None:
         for n in lengths
     )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_a_few_conversations_are_enough(here, script, capsys, tmp_path):
+    path = tmp_path / "few.jsonl"
+    write_conversations(path, [20, 900, 30, 40])
+    settings = {"tasks": f"json:{path}", "num_iterations": 1, "eval_every": 1}
+    assert finetune("sft", sft(run="of a few", **settings)) == 0
+    output = capsys.readouterr().out
+    assert "3 conversations make 1 rows" in output  # and one is measured on
+    assert ", 1 dropped" in output  # however often it came round
+    assert "chat.py --run 'of a few' -p" in output
+    write_conversations(path, [20])
+    with pytest.raises(ValueError, match="a single conversation; at least 2 are needed"):
+        finetune("sft", sft(run="of one", **settings))
+
+
+def test_overwriting_spares_the_folder_one_is_in(here, script, whole, monkeypatch):
+    monkeypatch.chdir(script.folder("whole") / "checkpoints")
+    for run in ("whole", ".."):
+        with pytest.raises(
+            ValueError, match=r"--overwrite would delete .*whole, and you are in it"
+        ):
+            finetune("sft", sft(run=run, overwrite=True))
+    assert script.trace("whole") == whole
 
 
 def test_conversations_longer_than_a_row_are_counted_or_refused(here, script, capsys, tmp_path):

@@ -19,13 +19,17 @@ from rl_toy import SUMS, save_supervised, write_questions
 from script_runs import ROOT, Script, finish, n_train_records, wait_for
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
+from nanochat_jax.config import SftConfig
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.finetuning import finetune
 from nanochat_jax.rl import make_rows
 from nanochat_jax.rl_config import RlConfig
 from nanochat_jax.rl_rollouts import Interview, Question, Questions, seed_of, summary, transcripts
 from nanochat_jax.rl_stage import TRANSCRIPTS_FILE, inherit, prepare, reinforce
+from nanochat_jax.runs import alone
 from nanochat_jax.tasks.conversation_files import CustomJSON
-from nanochat_jax.tasks.registry import make_task
+from nanochat_jax.tasks.registry import MADE_HERE, make_task
+from nanochat_jax.tasks.task import Conversation, Task, exchange, is_reference
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tracking import read_metrics
 
@@ -149,10 +153,15 @@ def test_kill_9_and_sigterm_change_nothing(script, whole):
 
     again = ("--config", str(folder / "config.toml"), "--resume")
     process = script.start_plain(*again)
+    wait_for(lambda: list(folder.glob("checkpoints/6.*/params*")), process)  # while it saves
+    process.send_signal(signal.SIGKILL)
+    assert "resuming at step 3" in finish(process, -signal.SIGKILL)
+
+    process = script.start_plain(*again)
     wait_for(lambda: n_train_records(folder) >= 7, process)
     process.send_signal(signal.SIGTERM)
     output = finish(process, 0)
-    assert "resuming at step 3" in output
+    assert "resuming at step" in output
     assert "stopped by SIGTERM" in output or "finished" in output
     finish(script.start_plain(*again), 0)
 
@@ -160,6 +169,14 @@ def test_kill_9_and_sigterm_change_nothing(script, whole):
     assert told(script, "hunted") == told(script, "whole")
     states = [load_model(script.folder(run)).params for run in ("hunted", "whole")]
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_run_has_one_process_at_a_time(here, base, script, whole):
+    with alone(script.folder("whole")):
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=r"another process is training .*whole"):
+                reinforce(config(base, run="whole", **how))
+    assert trace(script, "whole") == whole
 
 
 def test_two_devices_learn_the_same(here, base, script, whole):
@@ -344,6 +361,39 @@ def test_the_calculator_answers_and_its_answer_is_not_trained_on(tmp_path):
     best, worst = transcripts([answered], tokenizer, 1)
     assert best["completion"] == text
     assert worst["prompt"].endswith("?<|user_end|><|assistant_start|>")
+
+
+class Backwards(Task):
+    """A task of one's own, as tasks/task.py says."""
+
+    name, kind = "backwards", "generative"
+
+    def __init__(self, split: str, limit: int | None) -> None:
+        self._numbers = range(10, 60) if split == "train" else range(60, 70)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> Conversation:
+        return exchange(f"{self._numbers[i]}", f"{self._numbers[i]}"[::-1])
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return is_reference(conversation, completion)
+
+
+def test_a_new_task_is_one_class_and_one_line(here, base, script, monkeypatch):
+    monkeypatch.setitem(MADE_HERE, "backwards", Backwards)
+    assert reinforce(config(base, run="own", task="backwards", num_iterations=1, eval_every=1)) == 0
+    (step,) = [r for r in read_metrics(script.folder("own")) if r["kind"] == "train"]
+    assert 0 <= step["reward"] <= 1
+    job = prepare(config(base, task="backwards"))
+    assert (len(job.train_task), len(job.test_task)) == (50, 10)
+    assert job.train_task.reward(job.train_task[2], "21") == 1
+
+
+def test_fine_tuning_does_not_go_on_from_here(here, whole):
+    with pytest.raises(ValueError, match=r"of reinforcement learning.*toy-sft, with --source"):
+        finetune("sft", SftConfig(source="whole"))
 
 
 def test_a_task_made_here_can_be_learned_from(here, base):
