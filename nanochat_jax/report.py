@@ -230,7 +230,16 @@ def summary(chain: Sequence[Stage]) -> tuple[list[str], list[tuple[str, list[Sco
     first = [name for name in (BPB, *ORIGINAL_ROWS) if name in found]
     names = [*first, *sorted(found - {*first})]
     rows = [(name, [column.get(name) for column in columns]) for name in names]
-    return [stage.title for stage in chain], rows
+    return titles(chain), rows
+
+
+def titles(chain: Sequence[Stage]) -> list[str]:
+    """The stages' titles, with the runs' names where one comes twice."""
+    plain = [stage.title for stage in chain]
+    return [
+        title if plain.count(title) == 1 else f"{title} {stage.name}"
+        for title, stage in zip(plain, chain, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

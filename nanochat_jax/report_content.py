@@ -81,17 +81,29 @@ class Content:
 
 
 def build(chains: Sequence[Chain], usd_per_gpu_hour: float) -> Content:
-    """The report of one model, or of several beside one another."""
+    """The report of one model, or of several beside one another; ValueError for the same twice."""
+    names = _names(chains)
+    if len({stage.folder for stage in _telling(chains)}) < len(chains):
+        raise ValueError(
+            f"runs to compare must be of different models, and some here are the same: {names}; "
+            "a report of one run has all stages of its model"
+        )
     costs = [totals(chain, usd_per_gpu_hour) for chain in chains]
     one = len(chains) == 1
     found = _one(chains[0], costs[0]) if one else _several(chains, costs)
     sections = [section for section in found if section.blocks]
-    names = [_name(chain) for chain in chains]
     return Content(" · ".join(names) if one else " and ".join(names), _subtitle(chains), sections)
 
 
-def _name(chain: Chain) -> str:
-    return chain[0].name
+def _telling(chains: Sequence[Chain]) -> list[Stage]:
+    """Of each model the stage that tells it from the others: its base, or its last stage."""
+    bases = [chain[0] for chain in chains]
+    differ = len({stage.folder for stage in bases}) == len(chains)
+    return bases if differ else [chain[-1] for chain in chains]
+
+
+def _names(chains: Sequence[Chain]) -> list[str]:
+    return [stage.name for stage in _telling(chains)]
 
 
 def _subtitle(chains: Sequence[Chain]) -> str:
@@ -176,7 +188,7 @@ def _comparison(chains: Sequence[Chain]) -> Table:
         [Cell(name, title), *_ranked(name, [of_run.get(i) for i in range(len(chains))])]
         for (title, name), of_run in ordered
     ]
-    return Table(["Metric", *map(_name, chains)], table)
+    return Table(["Metric", *_names(chains)], table)
 
 
 def _ranked(name: str, row: Sequence[Score | None]) -> list[Cell]:
@@ -291,18 +303,18 @@ def _costs(chains: Sequence[Chain], costs: Sequence[Totals]) -> Table:
     commits = [chain[0].meta.get("provenance", {}).get("commit") or NOTHING for chain in chains]
     rows.insert(0, [Cell("Parameters"), *(Cell(big(size)) for size in sizes)])
     rows.append([Cell("Commit"), *(Cell(commit[:12]) for commit in commits)])
-    return Table(["", *map(_name, chains)], rows)
+    return Table(["", *_names(chains)], rows)
 
 
 def _differences(chains: Sequence[Chain]) -> list[Block]:
-    settings = [chain[0].meta.get("config", {}) for chain in chains]
+    settings = [stage.meta.get("config", {}) for stage in _telling(chains)]
     keys = dict.fromkeys(key for config in settings for key in config)
     rows = [
         [Cell(key), *(Cell(plainly(config.get(key))) for config in settings)]
         for key in keys
         if len({json.dumps(config.get(key)) for config in settings}) > 1
     ]
-    return [Table(["Setting", *map(_name, chains)], rows)] if rows else []
+    return [Table(["Setting", *_names(chains)], rows)] if rows else []
 
 
 # --- where it comes from --------------------------------------------------------------------------

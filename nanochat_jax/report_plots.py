@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from nanochat_jax.report import Stage
+from nanochat_jax.report import Stage, titles
 
 POINTS = 600  # of a curve; longer ones are averaged down to these
 DASHES = ("-", "--", ":", "-.")
@@ -71,15 +71,24 @@ def _curves(
     """One per stage that has the number. Stages differ by colour; where several runs are compared,
     those do, and their stages differ by dashes."""
     found = []
-    for i, chain in enumerate(chains):
-        for j, stage in enumerate(chain):
-            steps, values = stage.series(kind, key)
-            if of(stage) and len(values) > 1:
-                colour = i if len(chains) > 1 else j
-                label = stage.name if len(chains) > 1 else stage.title
-                dashes = DASHES[j % len(DASHES)] if len(chains) > 1 else "-"
-                found.append(Curve(label, colour, steps, values, dashes))
+    for i, j, stage, label in _stages(chains):
+        steps, values = stage.series(kind, key)
+        if of(stage) and len(values) > 1:
+            colour = i if len(chains) > 1 else j
+            dashes = DASHES[j % len(DASHES)] if len(chains) > 1 else "-"
+            found.append(Curve(label, colour, steps, values, dashes))
     return found
+
+
+def _stages(chains: Sequence[Chain]) -> Iterator[tuple[int, int, Stage, str]]:
+    """Chain, place in it, stage and label; a stage that several chains share comes once."""
+    seen = set()
+    for i, chain in enumerate(chains):
+        labels = titles(chain) if len(chains) == 1 else [stage.name for stage in chain]
+        for j, (stage, label) in enumerate(zip(chain, labels, strict=True)):
+            if stage.folder not in seen:
+                yield i, j, stage, label
+            seen.add(stage.folder)
 
 
 def _loss(chains: Sequence[Chain], kind: str) -> Plot | None:
@@ -198,7 +207,7 @@ def _pass_keys(stages: Sequence[Stage]) -> list[str]:
 
 
 def _core(chains: Sequence[Chain]) -> Plot | None:
-    tasks = [(stage, stage.find("core_tasks")) for chain in chains for stage in chain]
+    tasks = [(stage, stage.find("core_tasks")) for _, _, stage, _ in _stages(chains)]
     found: list[tuple[str, Bars]] = [
         (stage.name, {name: (task["centred"], None) for name, task in of_stage.items()})
         for stage, of_stage in tasks
@@ -209,11 +218,10 @@ def _core(chains: Sequence[Chain]) -> Plot | None:
 
 
 def _chat(chains: Sequence[Chain]) -> Plot | None:
-    tasks = [(stage, stage.find("chat_tasks")) for chain in chains for stage in chain]
-    named = len(chains) > 1
+    tasks = [(label, stage.find("chat_tasks")) for _, _, stage, label in _stages(chains)]
     found = [
-        (stage.name if named else stage.title, {n: _accuracy(task) for n, task in of_stage.items()})
-        for stage, of_stage in tasks
+        (label, {name: _accuracy(task) for name, task in of_stage.items()})
+        for label, of_stage in tasks
         if of_stage
     ]
     caption = "Share of questions answered rightly, with the interval of 95 % confidence."

@@ -17,6 +17,7 @@ from nanochat_jax import report_energy, report_facts
 from nanochat_jax.report import Meter, read_chain, read_stage, record, scores, summary, totals
 from nanochat_jax.report_content import Source, Table, build
 from nanochat_jax.report_page import to_html, write
+from nanochat_jax.report_plots import plots
 from nanochat_jax.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,6 +347,30 @@ def test_runs_are_compared(tmp_path):
         ["matrix_lr", "0.02", "0.03"]
     ]
     check(to_html(content, "today"))
+
+
+def test_models_of_one_base_are_told_apart_by_their_last_stages(tmp_path):
+    base = make_life(tmp_path, "a", 0)[0]
+    twins = {name: tmp_path / name for name in ("first", "second")}
+    for number, folder in enumerate(twins.values()):
+        make_run(folder, "sft", "a", lr_frac=number)
+    chains = [[read_stage(base), read_stage(folder)] for folder in twins.values()]
+    content = build(chains, 3.0)
+    sections = {section.title: section.blocks for section in content.sections}
+    assert list(sections["Results"][0].heads) == ["Metric", "first", "second"]
+    rows = [[cell.text for cell in row] for row in sections["Settings that differ"][0].rows]
+    assert rows == [["lr_frac", "0", "1"]]
+    check(to_html(content, "today"))
+    drawn = {plot.title: plot.svg for plot in plots(chains)}
+    assert ">a<" not in drawn["Pretraining loss"]  # one curve, which needs no legend
+    assert all(f">{name}<" in drawn["Fine-tuning loss"] for name in twins)
+    with pytest.raises(ValueError, match="some here are the same"):
+        build([chains[0], chains[0]], 3.0)
+
+
+def test_a_stage_that_comes_twice_has_its_name_in_its_title(tmp_path):
+    chain = [read_stage(make_run(tmp_path / name, "sft")) for name in ("one", "two")]
+    assert summary(chain)[0] == ["SFT one", "SFT two"]
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
