@@ -234,11 +234,11 @@ def summary(chain: Sequence[Stage]) -> tuple[list[str], list[tuple[str, list[Sco
 
 
 def titles(chain: Sequence[Stage]) -> list[str]:
-    """The stages' titles, with the runs' names where one comes twice."""
+    """The stages' titles, with the run's name where one has come before."""
     plain = [stage.title for stage in chain]
     return [
-        title if plain.count(title) == 1 else f"{title} {stage.name}"
-        for title, stage in zip(plain, chain, strict=True)
+        f"{title} {stage.name}" if title in plain[:index] else title
+        for index, (title, stage) in enumerate(zip(plain, chain, strict=True))
     ]
 
 

@@ -85,8 +85,8 @@ def build(chains: Sequence[Chain], usd_per_gpu_hour: float) -> Content:
     names = _names(chains)
     if len({stage.folder for stage in _telling(chains)}) < len(chains):
         raise ValueError(
-            f"runs to compare must be of different models, and some here are the same: {names}; "
-            "a report of one run has all stages of its model"
+            f"some of the runs to compare are of the same model ({', '.join(names)}): name others; "
+            "the report of a single run has all stages of its model"
         )
     costs = [totals(chain, usd_per_gpu_hour) for chain in chains]
     one = len(chains) == 1
@@ -312,7 +312,8 @@ def _differences(chains: Sequence[Chain]) -> list[Block]:
     rows = [
         [Cell(key), *(Cell(plainly(config.get(key))) for config in settings)]
         for key in keys
-        if len({json.dumps(config.get(key)) for config in settings}) > 1
+        if key not in ("resume", "overwrite")
+        and len({json.dumps(config.get(key)) for config in settings}) > 1
     ]
     return [Table(["Setting", *_names(chains)], rows)] if rows else []
 

@@ -364,13 +364,13 @@ def test_models_of_one_base_are_told_apart_by_their_last_stages(tmp_path):
     drawn = {plot.title: plot.svg for plot in plots(chains)}
     assert ">a<" not in drawn["Pretraining loss"]  # one curve, which needs no legend
     assert all(f">{name}<" in drawn["Fine-tuning loss"] for name in twins)
-    with pytest.raises(ValueError, match="some here are the same"):
+    with pytest.raises(ValueError, match="some of the runs to compare are of the same model"):
         build([chains[0], chains[0]], 3.0)
 
 
 def test_a_stage_that_comes_twice_has_its_name_in_its_title(tmp_path):
     chain = [read_stage(make_run(tmp_path / name, "sft")) for name in ("one", "two")]
-    assert summary(chain)[0] == ["SFT one", "SFT two"]
+    assert summary(chain)[0] == ["SFT", "SFT two"]
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
