@@ -33,11 +33,30 @@ def record(folder: Path, stage: str, values: dict[str, Any]) -> None:
     One process of a run calls it. Names that the summary knows: core, core_tasks, bpb, chatcore,
     chat_tasks, core_interval …; seconds, kwh; all others are shown as they are.
     """
-    target = folder / FOLDER / f"{stage}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(".tmp")
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    _write_json(folder / FOLDER / f"{stage}.json", values)
+
+
+def record_evaluation(path: Path, found: dict[str, Any]) -> None:
+    """Writes what was found of a checkpoint beside what was found of the same one before.
+
+    A mean over tasks that are not all of those in the file is left out.
+    """
+    before = _read_json(path)
+    if before.get("step") != found["step"]:
+        before = {}
+    whole = before | found
+    if "chat_tasks" in found:
+        whole["chat_tasks"] = before.get("chat_tasks", {}) | found["chat_tasks"]
+        if len(whole["chat_tasks"]) > len(found["chat_tasks"]):
+            whole = {name: value for name, value in whole.items() if "mean_centred" not in name}
+    _write_json(path, whole)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(draft, target)
+    os.replace(draft, path)
 
 
 class Meter:

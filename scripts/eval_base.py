@@ -12,7 +12,6 @@ import json
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -26,6 +25,7 @@ from nanochat_jax.evals.core import comparison, core_csv, core_json, evaluate_co
 from nanochat_jax.evals.core_bundle import find_bundle, how_to_get, read_bundle
 from nanochat_jax.evals.samples import PROMPTS
 from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.report import record_evaluation
 from nanochat_jax.runs import run_folder
 from nanochat_jax.runtime import is_main_process, progress_bar, run_script, say, start
 from nanochat_jax.sharding import make_mesh
@@ -71,15 +71,8 @@ def main() -> None:
     for name in wanted:
         result |= EVALS[name](config, loaded, mesh)
         if is_main_process():
-            keep(folder / "eval_base.json", result)
+            record_evaluation(folder / "eval_base.json", result)
     say(json.dumps(result, ensure_ascii=False))
-
-
-def keep(path: Path, result: dict[str, Any]) -> None:
-    """Writes the result beside what was measured of the same checkpoint before."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    whole = before | result if before.get("step") == result["step"] else result
-    path.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 def what_to_do(config: EvalBaseConfig) -> list[str]:

@@ -4,9 +4,10 @@
     python scripts/eval_chat.py --run d12-sft --tasks gsm8k --n-samples 8 --temperature 1
     python scripts/eval_chat.py --run cpu-sft --tasks arithmetic,choice --max-problems 100
 
-What it finds is printed, written to runs/NAME/eval_chat.json, and is its last line as JSON. Without
---tasks it takes the tasks of ChatCORE and SpellingBee whose data is there (scripts/prefetch.py
-fetches it), else those that the program makes itself.
+What it finds is printed, written to runs/NAME/eval_chat.json beside what was found of other tasks
+with the same checkpoint, and is its last line as JSON. Without --tasks it takes the tasks of
+ChatCORE and SpellingBee whose data is there (scripts/prefetch.py fetches it), else those that the
+program makes itself.
 """
 
 import json
@@ -31,6 +32,7 @@ from nanochat_jax.evals.chat import (
     evaluate_generative,
 )
 from nanochat_jax.evals.scoring import Scorer
+from nanochat_jax.report import record_evaluation
 from nanochat_jax.runs import run_folder
 from nanochat_jax.runtime import is_main_process, progress_bar, run_script, say, start
 from nanochat_jax.sandbox import isolation
@@ -101,7 +103,7 @@ def main() -> None:
     say(chat_table(found))
     say(json.dumps(found, ensure_ascii=False))
     if is_main_process():
-        (folder / "eval_chat.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        record_evaluation(folder / "eval_chat.json", found)
 
 
 def which_tasks(config: EvalChatConfig) -> list[str]:

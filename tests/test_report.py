@@ -14,7 +14,16 @@ from xml.etree import ElementTree
 import pytest
 
 from nanochat_jax import report_energy, report_facts
-from nanochat_jax.report import Meter, read_chain, read_stage, record, scores, summary, totals
+from nanochat_jax.report import (
+    Meter,
+    read_chain,
+    read_stage,
+    record,
+    record_evaluation,
+    scores,
+    summary,
+    totals,
+)
 from nanochat_jax.report_content import Source, Table, build
 from nanochat_jax.report_page import to_html, write
 from nanochat_jax.report_plots import plots
@@ -101,6 +110,20 @@ def test_a_section_is_what_was_recorded_last(tmp_path):
     record(tmp_path, "sft", {"b": 2.5, "text": "ü"})
     assert read_json(tmp_path / "report" / "sft.json") == {"b": 2.5, "text": "ü"}
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["sft.json"]
+
+
+def test_an_evaluation_stays_beside_the_others_of_its_checkpoint(tmp_path):
+    path = tmp_path / "eval_chat.json"
+    path.write_text('{"step": 5, "chat_ta')  # torn
+    first = {"step": 5, "chat_tasks": {"mmlu": {"accuracy": 0.3}}, "mean_centred": 0.1}
+    record_evaluation(path, first | {"chatcore": 0.2})
+    assert json.loads(path.read_text()) == first | {"chatcore": 0.2}
+    second = {"step": 5, "chat_tasks": {"gsm8k": {"accuracy": 0.1}}, "mean_centred": 0.1}
+    record_evaluation(path, second)
+    both = first["chat_tasks"] | second["chat_tasks"]
+    assert json.loads(path.read_text()) == {"step": 5, "chat_tasks": both, "chatcore": 0.2}
+    record_evaluation(path, second | {"step": 6})
+    assert json.loads(path.read_text()) == second | {"step": 6}
 
 
 def test_a_meter_adds_to_earlier_sessions(tmp_path, monkeypatch):

@@ -142,6 +142,8 @@ class Download:
         without_network: str,
         with_less_space: str,
     ) -> None:
+        if workers < 1:
+            raise ValueError(f"--workers must be at least 1, not {workers}")
         self._folder, self._is_whole, self._workers = folder, is_whole, workers
         self._progress = progress or Silent()
         self._without_network, self._with_less_space = without_network, with_less_space

@@ -170,6 +170,7 @@ def test_the_script_fetches_all_of_a_stage_and_checks_a_copy(hub, task_data, tmp
         (["--stages", "rl,sleep"], "--stages knows midtrain, sft, rl, eval, core, not sleep"),
         (["--tasks", "gsm8k"], "--tasks wants NAME:SPLIT"),
         (["--tasks", "gsm9k:test"], "there is no task 'gsm9k'"),
+        (["--tasks", "gsm8k:test", "--workers", "0"], "--workers must be at least 1, not 0"),
     ],
 )
 def test_mistakes_on_the_command_line(args, message):
