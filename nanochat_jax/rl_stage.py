@@ -53,7 +53,7 @@ from nanochat_jax.stage import (
     tokenizer_identity,
 )
 from nanochat_jax.tasks.registry import JSON, make_task
-from nanochat_jax.tasks.task import Task
+from nanochat_jax.tasks.task import Task, check_answered
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tracking import cut_metrics
 from nanochat_jax.train import TrainState, init_state, make_gather, make_train_step
@@ -160,7 +160,11 @@ def _engine(config: RlConfig, model: GPT, mesh: Mesh) -> Engine:
 def _tasks(config: RlConfig) -> tuple[Task, Task]:
     name = config.eval_task or config.task
     split = "train" if name.startswith(JSON) else "test"  # a file has one split
-    return make_task(config.task), make_task(name, split, limit=config.eval_questions)
+    tasks = make_task(config.task), make_task(name, split, limit=config.eval_questions)
+    for task in tasks:
+        if task.name.startswith(JSON):
+            check_answered(task)
+    return tasks
 
 
 def inherit(meta: dict[str, Any], config: RlConfig, num_steps: int) -> OptimConfig:

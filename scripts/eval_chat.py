@@ -37,8 +37,8 @@ from nanochat_jax.runs import run_folder
 from nanochat_jax.runtime import is_main_process, progress_bar, run_script, say, start
 from nanochat_jax.sandbox import isolation
 from nanochat_jax.sharding import from_logical, make_mesh
-from nanochat_jax.tasks.registry import make_task, missing
-from nanochat_jax.tasks.task import Task
+from nanochat_jax.tasks.registry import JSON, make_task, missing
+from nanochat_jax.tasks.task import Task, check_answered
 
 USUAL = (*CHAT_CORE, "spellingbee")
 MADE_HERE = ("choice", "arithmetic", "counting", "spelling-local", "identity-local")
@@ -92,6 +92,9 @@ def main() -> None:
         )
         for name in which_tasks(config)
     ]
+    for task in tasks:
+        if task.name.startswith(JSON):
+            check_answered(task)
     start()
     folder = run_folder(config.run)
     loaded = load_model(folder, config.step)

@@ -243,6 +243,15 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(here, base, s
     assert not (base / "runs" / "refused").exists()
 
 
+def test_a_file_without_an_answer_to_judge_by_is_refused_at_once(here, base, tmp_path):
+    path = tmp_path / "open.jsonl"
+    whole = [*exchange("1+1=", "2")["messages"]]
+    lines = [whole, [*whole, {"role": "user", "content": "and?"}]]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"open\.jsonl, line 2: the last message is not the"):
+        reinforce(config(base, run="refused", task=f"json:{path}"))
+
+
 @pytest.mark.parametrize("settings", [{"samples": 0}, {"seed": -1}, {"kl": -1.0}, {"slots": 0}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="must"):

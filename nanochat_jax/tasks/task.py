@@ -117,6 +117,16 @@ def check_index(i: int, length: int) -> None:
         raise IndexError(f"example {i} of {length}")
 
 
+def check_answered(task: Task) -> None:
+    """ValueError for the first conversation without an answer at its end, to judge others by."""
+    for i in range(len(task)):
+        if task[i]["messages"][-1]["role"] != "assistant":
+            raise ValueError(
+                f"{task.where(i)}: the last message is not the assistant's, so there is no answer "
+                "to judge others by; add one, or remove the line"
+            )
+
+
 def why_unusable(messages: Any) -> str | None:
     """What is wrong with somebody's list of messages, or None.
 
