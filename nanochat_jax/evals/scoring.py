@@ -1,9 +1,10 @@
 """How likely a model finds given tokens: what CORE, multiple choice and lm-evaluation-harness ask.
 
 A question is a group of spans, usually one text with several endings. Their common beginning goes
-through the model once, as the prefix of a row; what differs are the tails, packed behind it, each
-blind to the others. Only tails meet the head, so no logits of a prefix are ever made. Rows of all
-questions are sorted into few shapes, each compiled once, with as many rows as a token budget lets.
+through the model once, as the prefix of a row, without what lies beyond the windows' reach; what
+differs are the tails, packed behind it, each blind to the others. Only tails meet the head, so no
+logits of a prefix are ever made. Rows of all questions are sorted into few shapes, each compiled
+once, with as many rows as a token budget lets.
 
 Shapes: B rows, P tokens of a prefix, C tokens of a row's tails, N query heads, K key/value heads,
 G = N/K, H head dim, V vocabulary.
