@@ -192,7 +192,7 @@ def load_model(
 
     `step` is a number, "last" (also None) or "best". Without a mesh the parameters lie whole on the
     first device; with one they are cut and padded for training and evaluation steps on it.
-    ValueError for a folder without checkpoints or without that step.
+    ValueError for a folder without checkpoints or without that step, or with another tokenizer.
     """
     with open_checkpoints(run_folder) as checkpoints:
         chosen = choose_step(checkpoints, step)
@@ -204,6 +204,12 @@ def load_model(
     if mesh is not None:
         params = from_logical(params, mesh)
     tokenizer = Tokenizer.load(run_folder / TOKENIZER_FOLDER)
+    trained_with = meta.get("identity", {}).get("tokenizer", {}).get("vocab_size")
+    if trained_with not in (None, tokenizer.vocab_size):
+        raise ValueError(
+            f"{run_folder / TOKENIZER_FOLDER} has {tokenizer.vocab_size:,} tokens, but the model "
+            f"was trained with one of {trained_with:,}: put that one back"
+        )
     return LoadedModel(GPT(config, kind, kernel), params, tokenizer, meta)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import TOKENIZER_FOLDER, model_meta
+from nanochat_jax.checkpoint import model_meta
 from nanochat_jax.config import FinetuneConfig
 from nanochat_jax.data.conversations import (
     Packing,
@@ -34,7 +34,7 @@ from nanochat_jax.optim import OptimConfig, make_optimizer
 from nanochat_jax.runtime import attention_kernel, compute_dtype
 from nanochat_jax.scaling import grad_accumulation
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.stage import Source, find_source, streams_for, tokenizer_identity
+from nanochat_jax.stage import Source, find_source, streams_for, tokenizer_identity, tokenizer_of
 from nanochat_jax.tokenizer import Tokenizer
 
 type StageName = Literal["midtrain", "sft"]
@@ -170,7 +170,7 @@ def prepare(stage: StageName, config: FinetuneConfig) -> Job:
     mesh = make_mesh(config.n_devices)
     batching = _batching(source, config, form, mesh.size)
     rows = batching.total_batch_size // gpt_config.sequence_len
-    tokenizer = Tokenizer.load(source.folder / TOKENIZER_FOLDER)
+    tokenizer = tokenizer_of(source)
     tasks = choose_tasks(stage, gpt_config.recipe, config.tasks, config.val_tasks)
     packing = config.packing or form.packing
     rendering = render_tasks(

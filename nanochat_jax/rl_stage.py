@@ -21,11 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from nanochat_jax import rl
-from nanochat_jax.checkpoint import (
-    TOKENIZER_FOLDER,
-    load_model,
-    model_meta,
-)
+from nanochat_jax.checkpoint import load_model, model_meta
 from nanochat_jax.engine.engine import Engine, engine_of
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
@@ -51,6 +47,7 @@ from nanochat_jax.stage import (
     loop_config,
     run_stage,
     tokenizer_identity,
+    tokenizer_of,
 )
 from nanochat_jax.tasks.registry import JSON, make_task
 from nanochat_jax.tasks.task import Task, check_answered
@@ -115,7 +112,7 @@ def prepare(config: RlConfig) -> Job:
     mesh, dtype = make_mesh(config.n_devices), compute_dtype(config.dtype)
     kernel = attention_kernel(config.attention, dtype, gpt_config.sequence_len, gpt_config.head_dim)
     model = GPT(gpt_config, dtype, kernel)
-    tokenizer = Tokenizer.load(source.folder / TOKENIZER_FOLDER)
+    tokenizer = tokenizer_of(source)
     num_steps = config.num_iterations or max(
         1, config.epochs * len(train_task) // config.questions_per_step
     )

@@ -22,7 +22,13 @@ import optax
 from jax.sharding import Mesh
 
 from nanochat_jax.actions import make_save, merge_over_processes
-from nanochat_jax.checkpoint import Checkpoints, choose_step, model_meta, open_checkpoints
+from nanochat_jax.checkpoint import (
+    TOKENIZER_FOLDER,
+    Checkpoints,
+    choose_step,
+    model_meta,
+    open_checkpoints,
+)
 from nanochat_jax.data.streams import Layout
 from nanochat_jax.devices import peak_flops
 from nanochat_jax.gpt import GPT, GPTConfig, Params
@@ -220,6 +226,18 @@ def find_source(name: str, step: str, stages: Sequence[str]) -> Source:
     with open_checkpoints(folder) as checkpoints:
         chosen = choose_step(checkpoints, step)
         return Source(name, folder, chosen, checkpoints.meta(chosen))
+
+
+def tokenizer_of(source: Source) -> Tokenizer:
+    """ValueError where it is not the one that the source was trained with."""
+    tokenizer = Tokenizer.load(source.folder / TOKENIZER_FOLDER)
+    found = tokenizer_identity(tokenizer)
+    if source.meta["identity"].get("tokenizer", found) != found:
+        raise ValueError(
+            f"{source.folder / TOKENIZER_FOLDER} is not the tokenizer that {source.name} was "
+            "trained with; put that one back"
+        )
+    return tokenizer
 
 
 def streams_for(rows: int, asked: int | None) -> int:

@@ -20,6 +20,7 @@ from nanochat_jax.finetuning_data import Listed, mixture, parse_tasks
 from nanochat_jax.finetuning_plan import prepare
 from nanochat_jax.optim import lr_multiplier, muon_momentum
 from nanochat_jax.pretraining import pretrain
+from nanochat_jax.tokenizer import Tokenizer
 
 STEPS = 12
 BASE_STEPS = 6
@@ -342,6 +343,20 @@ def test_a_few_conversations_are_enough(here, script, capsys, tmp_path):
     write_conversations(path, [20])
     with pytest.raises(ValueError, match="a single conversation; at least 2 are needed"):
         finetune("sft", sft(run="of one", **settings))
+
+
+def test_another_tokenizer_is_noticed(here, base, script):
+    for name, words in (("larger", 310), ("as large", 300)):
+        shutil.copytree(script.folder("base"), script.folder(name))
+        texts = [f"{i} zebras and {i * i} okapis" for i in range(300)]
+        other = Tokenizer.train(texts, vocab_size=words)
+        other.save(script.folder(name) / "tokenizer")
+        with pytest.raises(ValueError, match=r"is not the tokenizer that .* was trained with"):
+            finetune("sft", sft(source=name, run="refused"))
+    with pytest.raises(
+        ValueError, match="has 310 tokens, but the model was trained with one of 300"
+    ):
+        load_model(script.folder("larger"))
 
 
 def test_overwriting_spares_the_folder_one_is_in(here, script, whole, monkeypatch):
