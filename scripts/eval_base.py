@@ -67,6 +67,8 @@ def main() -> None:
     folder = run_folder(config.run)
     loaded = load_model(folder, config.step, mesh=mesh)
     say(f"{folder}, step {loaded.meta['step']}")
+    if "bpb" in wanted and not data_set(config, loaded):
+        raise ValueError(f"{config.run} was not trained on a data set; name one with --dataset")
     result: dict[str, Any] = {"run": config.run, "step": loaded.meta["step"]}
     for name in wanted:
         result |= EVALS[name](config, loaded, mesh)
@@ -115,8 +117,12 @@ def measure_core(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> dic
     return found | {"core_max_per_task": config.max_per_task}
 
 
+def data_set(config: EvalBaseConfig, loaded: LoadedModel) -> str:
+    return config.dataset or loaded.meta["config"].get("dataset", "")
+
+
 def measure_bpb(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> dict[str, Any]:
-    shards = list_shards(config.dataset or loaded.meta["config"]["dataset"])
+    shards = list_shards(data_set(config, loaded))
     rows = partial(
         validation_rows,
         shards,

@@ -293,6 +293,15 @@ def test_eval_base_measures_and_samples(call, script, whole):
     assert "there is no CORE bundle" in call("eval_base.py", "--eval=core")
 
 
+def test_eval_base_wants_a_data_set_for_a_run_that_has_none(call, script, whole):
+    shutil.copytree(script.folder("whole"), script.folder("chat"))
+    meta = script.folder("chat") / "checkpoints" / str(STEPS) / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"dataset":', '"tasks":'))
+    assert "chat was not trained on a data set; name one with --dataset" in call(
+        "eval_base.py", "--run=chat", "--n-devices=1"
+    )
+
+
 def test_generate_goes_on_with_a_text_or_a_file(call, whole, tmp_path):
     flags = ["--run=whole", "--max-tokens=6"]
     (tmp_path / "start.txt").write_text("the and of", encoding="utf-8")
