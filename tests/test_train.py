@@ -54,6 +54,18 @@ def run(recipe, n_devices, accumulation, rows=ROWS, grad_clip=0.0):
     return metrics, state_to_logical(model, optimizer, mesh, state)
 
 
+def test_the_loss_of_many_equal_tokens_has_no_drift():
+    """Before its first step the 2025 model gives every token the same probability."""
+    model, optimizer, mesh = build("2025", 1)
+    batch = put_batch(np.concatenate(ROWS), 1, mesh)
+    eval_step = make_eval_step(model, mesh)
+    state = init_state(model, optimizer, mesh, KEY)
+    sums = eval_step(state.params, batch, jnp.ones(96, jnp.int32))
+    assert float(sums["nats"]) == pytest.approx(48 * 32 * np.log(96), rel=2e-7)
+    _, metrics = make_train_step(model, optimizer, mesh, 0.0)(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(np.log(96), rel=2e-7)
+
+
 @pytest.fixture(scope="module")
 def reference():
     return {recipe: run(recipe, 1, 1) for recipe in ("2025", "2026")}
