@@ -54,7 +54,10 @@ def option_texts(question: Question, kind: str, delimiter: str) -> list[str]:
 def prompts(examples: Sequence[Question], question: Question, kind: str, delimiter: str):
     """The whole prompts, one for each option."""
     opening = "".join(example_text(example, kind, delimiter) + GAP for example in examples)
-    return [opening + text for text in option_texts(question, kind, delimiter)]
+    texts = [opening + text for text in option_texts(question, kind, delimiter)]
+    if kind == "language_modeling":  # an empty context leaves the blank line before it at the end
+        texts[0] = texts[0].rstrip()
+    return texts
 
 
 # --- tokens ---------------------------------------------------------------------------------------

@@ -192,6 +192,12 @@ def test_equal_options_have_a_loss_too(kind):
         assert 1 <= span.start < len(span.tokens)
 
 
+def test_an_empty_context_leaves_no_blank_line_before_the_continuation():
+    """The original's prompts for these two questions."""
+    example, empty = ({"context": c, "continuation": "a"} for c in ("x", " "))
+    assert prompts([example], empty, "language_modeling", " ") == ["x a", "x a\n\n a"]
+
+
 def test_the_first_of_equal_options_is_taken():
     score = Score(np.ones(2, np.float32), np.ones(2, bool))
     assert is_correct(Asked([], 0), [score, score])
