@@ -49,12 +49,13 @@ class Form:
     warmdown_ratio: float
     warm_start: bool
     rows: int | None = None  # of a step; None: as many tokens as the source's
+    momentum_start: float = 0.85  # of Muon; it rises to MOMENTUM_PEAK
 
 
 FORMS: dict[tuple[StageName, str], Form] = {
     ("midtrain", "2025"): Form("stream", 1.0, 0.2, warm_start=False),
     ("midtrain", "2026"): Form("stream", 1.0, 0.2, warm_start=True),
-    ("sft", "2025"): Form("one-per-row", 0.02, 1.0, warm_start=False, rows=32),
+    ("sft", "2025"): Form("one-per-row", 0.02, 1.0, warm_start=False, rows=32, momentum_start=0.95),
     ("sft", "2026"): Form("best-fit", 0.8, 0.5, warm_start=True),
 }
 SOURCES: dict[StageName, tuple[str, ...]] = {
@@ -63,7 +64,7 @@ SOURCES: dict[StageName, tuple[str, ...]] = {
 }
 SUFFIX: dict[StageName, str] = {"midtrain": "-mid", "sft": "-sft"}
 MOMENTUM_WARMUP_STEPS = 300
-MOMENTUM_START, MOMENTUM_PEAK = 0.85, 0.95
+MOMENTUM_PEAK = 0.95
 
 
 # --- the run that it goes on from -----------------------------------------------------------------
@@ -85,7 +86,7 @@ def inherit(
         warmdown_ratio=_or(config.warmdown_ratio, form.warmdown_ratio),
         final_lr_frac=config.final_lr_frac,
         weight_decay=config.weight_decay,
-        momentum_start=MOMENTUM_START,
+        momentum_start=form.momentum_start,
         momentum_peak=MOMENTUM_PEAK,
         momentum_final=MOMENTUM_PEAK,
         momentum_warmup_steps=MOMENTUM_WARMUP_STEPS,
