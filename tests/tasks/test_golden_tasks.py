@@ -42,7 +42,10 @@ def plain(value):
 
 
 def number(answer):
-    return None if answer is None else float(answer.rstrip("."))
+    try:
+        return None if answer is None else float(answer.rstrip("."))
+    except ValueError:  # "1.2.3"
+        return None
 
 
 def first_message(conversation):
