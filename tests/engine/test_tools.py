@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from nanochat_jax.engine.tools import MAX_CHARS, Block, Tools, calculate
 from nanochat_jax.tokenizer import Tokenizer
 
-# What recipe section 12 mends: tuples, chained string methods, commas inside strings, words that
-# the original refused (any string's letters may be counted), arithmetic on a count, and %.
-MENDED = re.compile(r"\(\s*\)|\(\d+,\d+\)|['\"]|%")
+# What recipe section 12 mends: tuples, commas that separate no thousands, chained string methods,
+# words that the original refused (any string's letters may be counted), arithmetic on a count, %.
+MENDED = re.compile(r"\(\s*\)|(?<!\d),|\d{4},|,(?!\d{3}(?!\d))|['\"]|%")
 SIMPLE_COUNT = re.compile(r"(['\"])([\w ]*)\1 ?\.count\((['\"])(\w*)\3\)")
 
 
