@@ -40,11 +40,12 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Runs a script's main; a mistake of the user becomes one sentence and exit code 1.
 
     That is a ValueError raised by our own code, or an OSError (no file, no right, no space).
-    NANOCHAT_TRACEBACK=1 shows the traceback all the same.
+    NANOCHAT_TRACEBACK=1 shows the traceback all the same. `interrupted` is what to say after a
+    Ctrl-C that the script has not seen to itself.
     """
     logging.basicConfig()  # unless a library has done so
     for handler in logging.getLogger().handlers:
@@ -55,6 +56,8 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("NANOCHAT_TRACEBACK") == "1" or not _is_the_users(error):
             raise
         message = f"error: {error}"
+    except KeyboardInterrupt:
+        message = interrupted
     else:
         return
     sys.exit(message)  # outside, so that what the error holds on to is gone by then

@@ -9,7 +9,6 @@ and is its last line as JSON. CORE's table is written to runs/NAME/eval_core.csv
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,7 +152,4 @@ def write_samples(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> di
 EVALS = {"core": measure_core, "bpb": measure_bpb, "sample": write_samples}
 
 if __name__ == "__main__":
-    try:
-        run_script(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; eval_base.json has the evaluations that were finished")
+    run_script(main, "interrupted; eval_base.json has the evaluations that were finished")

@@ -4,13 +4,14 @@
     python scripts/eval_chat.py --run d12-sft --tasks gsm8k --n-samples 8 --temperature 1
     python scripts/eval_chat.py --run cpu-sft --tasks arithmetic,choice --max-problems 100
 
-What it finds is printed, written to runs/NAME/eval_chat.json beside what was found of other tasks
-with the same checkpoint, and is its last line as JSON. Without --tasks it takes the tasks of
-ChatCORE and SpellingBee whose data is there (scripts/prefetch.py fetches it), else those that the
-program makes itself.
+What it finds is printed, written to runs/NAME/eval_chat.json as soon as a task is finished, beside
+what was found of other tasks with the same checkpoint, and is its last line as JSON. Without
+--tasks it takes the tasks of ChatCORE and SpellingBee whose data is there (scripts/prefetch.py
+fetches it), else those that the program makes itself.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -101,12 +102,14 @@ def main() -> None:
     # Scorer and engine lay them out differently, each on all devices.
     loaded = loaded._replace(params=jax.device_get(loaded.params))
     say(f"{folder}, step {loaded.meta['step']}")
-    results = evaluate(config, drawing, tasks, loaded, make_mesh(config.n_devices))
-    found = {"run": config.run, "step": loaded.meta["step"], **chat_json(results)}
+    results = []
+    for result in evaluate(config, drawing, tasks, loaded, make_mesh(config.n_devices)):
+        results.append(result)
+        found = {"run": config.run, "step": loaded.meta["step"], **chat_json(results)}
+        if is_main_process():
+            record_evaluation(folder / "eval_chat.json", found)
     say(chat_table(found))
     say(json.dumps(found, ensure_ascii=False))
-    if is_main_process():
-        record_evaluation(folder / "eval_chat.json", found)
 
 
 def which_tasks(config: EvalChatConfig) -> list[str]:
@@ -137,25 +140,23 @@ def _can_run_programs(config: EvalChatConfig) -> bool:
 
 def evaluate(
     config: EvalChatConfig, drawing: Drawing, tasks: list[Task], loaded: LoadedModel, mesh: Mesh
-) -> list[ChatResult]:
-    """Categorical tasks first: the engine then has the memory for itself."""
+) -> Iterator[ChatResult]:
+    """Results, those of categorical tasks first: the engine then has the memory for itself."""
     categorical = [task for task in tasks if task.kind == "categorical"]
     generative = [task for task in tasks if task.kind == "generative"]
-    found: dict[str, ChatResult] = {}
     if categorical:
         scorer = make_scorer(config, loaded, mesh)
         for task in categorical:
             with progress_bar(task.name) as progress:
-                found[task.name] = evaluate_categorical(scorer, loaded.tokenizer, task, progress)
+                result = evaluate_categorical(scorer, loaded.tokenizer, task, progress)
+            yield result
         del scorer
     if generative:
         scheduler = make_scheduler(config, drawing, generative, loaded, mesh)
         for task in generative:
             with progress_bar(task.name) as progress:
-                found[task.name] = evaluate_generative(
-                    scheduler, loaded.tokenizer, task, drawing, progress
-                )
-    return [found[task.name] for task in tasks]
+                result = evaluate_generative(scheduler, loaded.tokenizer, task, drawing, progress)
+            yield result
 
 
 def make_scorer(config: EvalChatConfig, loaded: LoadedModel, mesh: Mesh) -> Scorer:
@@ -178,4 +179,4 @@ def make_scheduler(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "interrupted; eval_chat.json has the tasks that were finished")

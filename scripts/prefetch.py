@@ -11,7 +11,6 @@ HF_HUB_OFFLINE=1 the stages then never ask the hub. Cut off, the same command go
 The text of pretraining is fetched by scripts/download.py.
 """
 
-import sys
 from dataclasses import dataclass
 
 from nanochat_jax.config import parse
@@ -95,7 +94,4 @@ def report_check(sources: list[Source]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run_script(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to continue")
+    run_script(main, "interrupted; run the same command again to continue")

@@ -6,7 +6,7 @@ new questions taking the rows of finished ones, and judged by the task itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class ChatResult:
     correct_QN: np.ndarray
     baseline: float  # how often guessing is right
     transcripts: list[dict[str, Any]] = field(default_factory=list)
+    drawing: Drawing | None = None  # of a generative task
 
     @property
     def accuracies_Q(self) -> np.ndarray:
@@ -73,6 +74,7 @@ class ChatResult:
             "questions": len(self.correct_QN),
             **{f"pass@{k}": _with_interval(pass_at_k(self.correct_QN, k)) for k in powers(n)},
             "transcripts": self.transcripts,
+            **({"drawing": asdict(self.drawing)} if self.drawing else {}),
         }
 
 
@@ -169,7 +171,7 @@ def evaluate_generative(
                 transcripts.append(_transcript(conversation, *judged[0]))
         progress(numbers.stop, len(task))
     baseline = CHAT_CORE.get(task.name, 0.0)
-    return ChatResult(task.name, task.kind, np.array(correct, bool), baseline, transcripts)
+    return ChatResult(task.name, task.kind, np.array(correct, bool), baseline, transcripts, drawing)
 
 
 def _request(
