@@ -87,7 +87,7 @@ def main() -> None:
     tasks = [
         make_task(
             name,
-            config.split,
+            "train" if name.startswith(JSON) else config.split,  # a file has one split
             limit=config.max_problems,
             allow_unsandboxed=config.allow_unsandboxed,
         )
