@@ -38,7 +38,7 @@ from nanochat_jax.rl_rollouts import (
 )
 from nanochat_jax.runs import run_folder
 from nanochat_jax.runtime import attention_kernel, compute_dtype, is_main_process, progress_bar, say
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.sharding import make_mesh, own_mesh
 from nanochat_jax.stage import (
     Evaluate,
     Sample,
@@ -53,7 +53,7 @@ from nanochat_jax.tasks.registry import JSON, make_task
 from nanochat_jax.tasks.task import Task, check_answered
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tracking import cut_metrics
-from nanochat_jax.train import TrainState, init_state, make_gather, make_train_step
+from nanochat_jax.train import TrainState, init_state, make_own_gather, make_train_step
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
 MOMENTUM = 0.95  # of Muon, from the first step to the last
@@ -148,10 +148,9 @@ def prepare(config: RlConfig) -> Job:
 
 
 def _engine(config: RlConfig, model: GPT, mesh: Mesh) -> Engine:
-    """Each process has an engine of its own, on its own devices."""
-    processes = jax.process_count()
-    own = mesh if processes == 1 else make_mesh(devices=mesh.local_devices)
-    return engine_of(model, slots=-(-config.slots // processes), mesh=own)
+    """Each process has its own."""
+    slots = -(-config.slots // jax.process_count())
+    return engine_of(model, slots=slots, mesh=own_mesh(mesh))
 
 
 def _tasks(config: RlConfig) -> tuple[Task, Task]:
@@ -292,14 +291,11 @@ def make_asker(job: Job) -> Callable[[Params, list[Question]], list[Answered]]:
 
 def make_lender(job: Job) -> Callable[[Params], AbstractContextManager[None]]:
     """The function that lets the engine have a state's weights; its memory is the training's."""
-    gather, engine = make_gather(job.model, job.mesh), job.interview.engine
+    gather, engine = make_own_gather(job.model, job.mesh), job.interview.engine
 
     @contextmanager
     def lend(params: Params) -> Iterator[None]:
-        whole = gather(params)
-        if jax.process_count() > 1:  # its mesh is not the training's
-            whole = {name: array.addressable_data(0) for name, array in whole.items()}
-        engine.use(whole)
+        engine.use(gather(params))
         try:
             yield
         finally:

@@ -51,6 +51,11 @@ def make_mesh(n_devices: int | None = None, devices: Sequence[Any] | None = None
     )
 
 
+def own_mesh(mesh: Mesh) -> Mesh:
+    """This process's devices of a mesh: what an engine runs on, of which each process has one."""
+    return mesh if jax.process_count() == 1 else make_mesh(devices=mesh.local_devices)
+
+
 def spec_of(path: tuple, leaf: Any) -> P:
     """PartitionSpec of a leaf of the state: that of the parameter whose name ends its path."""
     dim = shard_dim(path, leaf)

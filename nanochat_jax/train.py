@@ -296,6 +296,14 @@ def make_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
     )
 
 
+def make_own_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
+    """As `make_gather`; with several processes the arrays are on one device of each, its own."""
+    gather = make_gather(model, mesh)
+    if jax.process_count() == 1:
+        return gather
+    return lambda params: {n: array.addressable_data(0) for n, array in gather(params).items()}
+
+
 def scatter_gradients(model: GPT, n_devices: int, gradients: Params) -> Params:
     """Whole gradients of this device's rows -> this device's slice of their sum, float32.
 

@@ -37,9 +37,10 @@ from nanochat_jax.report import record_evaluation
 from nanochat_jax.runs import run_folder
 from nanochat_jax.runtime import is_main_process, progress_bar, run_script, say, start
 from nanochat_jax.sandbox import isolation
-from nanochat_jax.sharding import from_logical, make_mesh
+from nanochat_jax.sharding import make_mesh, own_mesh
 from nanochat_jax.tasks.registry import JSON, make_task, missing
 from nanochat_jax.tasks.task import Task, check_answered
+from nanochat_jax.train import make_own_gather
 
 USUAL = (*CHAT_CORE, "spellingbee")
 MADE_HERE = ("choice", "arithmetic", "counting", "spelling-local", "identity-local")
@@ -98,12 +99,11 @@ def main() -> None:
             check_answered(task)
     start()
     folder = run_folder(config.run)
-    loaded = load_model(folder, config.step)
-    # Scorer and engine lay them out differently, each on all devices.
-    loaded = loaded._replace(params=jax.device_get(loaded.params))
+    mesh = make_mesh(config.n_devices)
+    loaded = load_model(folder, config.step, mesh=mesh)
     say(f"{folder}, step {loaded.meta['step']}")
     results = []
-    for result in evaluate(config, drawing, tasks, loaded, make_mesh(config.n_devices)):
+    for result in evaluate(config, drawing, tasks, loaded, mesh):
         results.append(result)
         found = {"run": config.run, "step": loaded.meta["step"], **chat_json(results)}
         if is_main_process():
@@ -161,8 +161,7 @@ def evaluate(
 
 def make_scorer(config: EvalChatConfig, loaded: LoadedModel, mesh: Mesh) -> Scorer:
     budget = config.device_batch_size * loaded.model.config.sequence_len
-    params = from_logical(loaded.params, mesh)
-    return Scorer(loaded.model, mesh, params, tokens_per_device=budget)
+    return Scorer(loaded.model, mesh, loaded.params, tokens_per_device=budget)
 
 
 def make_scheduler(
@@ -170,10 +169,10 @@ def make_scheduler(
 ) -> Scheduler:
     engine = make_engine(
         loaded.model,
-        loaded.params,
+        make_own_gather(loaded.model, mesh)(loaded.params),
         capacity=capacity_for(loaded.tokenizer, tasks, drawing),
-        slots=config.slots,
-        mesh=mesh,
+        slots=-(-config.slots // jax.process_count()),
+        mesh=own_mesh(mesh),
     )
     return Scheduler(engine, tools=Tools(loaded.tokenizer))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from nanochat_jax.engine.requests import Request, Sample
@@ -17,6 +18,7 @@ from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, resampled_means
 from nanochat_jax.evals.scoring import Progress, Scorer
 from nanochat_jax.evals.scoring_rows import Score, Span
+from nanochat_jax.runtime import gather_json
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -152,26 +154,39 @@ def evaluate_generative(
     drawing: Drawing,
     progress: Progress = lambda done, total: None,
 ) -> ChatResult:
-    """Answers of every question, judged by the task."""
-    at_once = ROUNDS * scheduler.engine.slots
-    correct: list[list[bool]] = []
-    transcripts: list[dict[str, Any]] = []
+    """Answers of every question, judged by the task.
+
+    The processes of a cluster divide the questions, each with a scheduler of its own; each gets all
+    results.
+    """
+    processes = jax.process_count()
+    at_once = ROUNDS * scheduler.engine.slots * processes
+    judged: list[list[tuple[str, bool]]] = []
     for first in range(0, len(task), at_once):
         numbers = range(first, min(first + at_once, len(task)))
-        conversations = [task[i] for i in numbers]
-        requests = [
-            _request(tokenizer, conversation, drawing, i)
-            for i, conversation in zip(numbers, conversations, strict=True)
-        ]
-        answered = zip(conversations, scheduler.generate(requests), strict=True)
-        for conversation, samples in answered:
-            judged = [_judge(tokenizer, task, conversation, sample) for sample in samples]
-            correct.append([right for _, right in judged])
-            if len(transcripts) < TRANSCRIPTS:
-                transcripts.append(_transcript(conversation, *judged[0]))
+        share = numbers[jax.process_index() :: processes]
+        shares = gather_json(_answer(scheduler, tokenizer, task, drawing, share))
+        judged += [shares[i % processes][i // processes] for i in range(len(numbers))]
         progress(numbers.stop, len(task))
+    correct = np.array([[right for _, right in samples] for samples in judged], bool)
     baseline = CHAT_CORE.get(task.name, 0.0)
-    return ChatResult(task.name, task.kind, np.array(correct, bool), baseline, transcripts, drawing)
+    shown = [_transcript(task[i], *samples[0]) for i, samples in enumerate(judged[:TRANSCRIPTS])]
+    return ChatResult(task.name, task.kind, correct, baseline, shown, drawing)
+
+
+def _answer(
+    scheduler: Scheduler, tokenizer: Tokenizer, task: Task, drawing: Drawing, numbers: Sequence[int]
+) -> list[list[tuple[str, bool]]]:
+    """Of each question the samples, and whether they are right."""
+    conversations = [task[i] for i in numbers]
+    requests = [
+        _request(tokenizer, conversation, drawing, i)
+        for i, conversation in zip(numbers, conversations, strict=True)
+    ]
+    return [
+        [_judge(tokenizer, task, conversation, sample) for sample in samples]
+        for conversation, samples in zip(conversations, scheduler.generate(requests), strict=True)
+    ]
 
 
 def _request(

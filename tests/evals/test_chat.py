@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from script_runs import Script
 from tiny_run import make_run
 
 from nanochat_jax.engine.engine import make_engine
@@ -207,6 +208,15 @@ def test_the_script_measures_what_is_there_and_says_so(base, call):
         low, high = task["accuracy_interval"]
         assert 0 <= low <= task["accuracy"] <= high <= 1
         assert task["questions"] == 5
+
+
+def test_two_processes_measure_the_same(base, call):
+    settings = {"run": "tiny", "tasks": "choice,arithmetic", "max-problems": 7, "slots": 4}
+    settings |= {"max-new-tokens": 6, "n-samples": 2, "temperature": 1.0}
+    alone = call("eval_chat.py", "--n-devices=1", *(f"--{n}={v}" for n, v in settings.items()))
+    outputs = Script(base, "eval_chat.py", settings).run_cluster(2)
+    assert json.loads(outputs[0].splitlines()[-1]) == json.loads(alone.splitlines()[-1])
+    assert "accuracy" not in outputs[1]  # only the first one speaks
 
 
 def test_mistakes_are_told_before_anything_is_loaded(base, call):
