@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 TITLES = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
 ORIGINAL_ROWS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "ChatCORE")
 BPB = "Validation bpb"
+TALK_BPB = "Validation bpb, conversations"  # of other data: no number to hold beside that
 EVALUATIONS = ("eval_base.json", "eval_chat.json")  # beside metrics.jsonl
 
 
@@ -211,9 +212,11 @@ def scores(stage: Stage) -> dict[str, Score]:
     """The metrics of a stage by the names of the summary table."""
     found = {}
     curve = stage.series("val", "bpb")[1]
-    bpb = stage.find("bpb") or (curve[-1] if curve else None)
+    last = curve[-1] if curve else None
+    reads_text = stage.kind == "pretrain"
     for name, value, interval in (
-        (BPB, bpb, stage.find("bpb_interval")),
+        (BPB, stage.find("bpb") or (last if reads_text else None), stage.find("bpb_interval")),
+        (TALK_BPB, None if reads_text else last, None),
         ("CORE", stage.find("core"), stage.find("core_interval")),
         ("ChatCORE", stage.find("chatcore"), stage.find("chatcore_interval")),
     ):
@@ -246,7 +249,7 @@ def summary(chain: Sequence[Stage]) -> tuple[list[str], list[tuple[str, list[Sco
     """The original's table: headings of the stages, and rows of (metric, a score per stage)."""
     columns = [scores(stage) for stage in chain]
     found = {name for column in columns for name in column}
-    first = [name for name in (BPB, *ORIGINAL_ROWS) if name in found]
+    first = [name for name in (BPB, TALK_BPB, *ORIGINAL_ROWS) if name in found]
     names = [*first, *sorted(found - {*first})]
     rows = [(name, [column.get(name) for column in columns]) for name in names]
     return titles(chain), rows

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax import report_facts
-from nanochat_jax.report import BPB, Score, Stage, Totals, scores, summary, totals
+from nanochat_jax.report import BPB, TALK_BPB, Score, Stage, Totals, scores, summary, totals
 from nanochat_jax.report_plots import Plot, plots
 
 TRANSCRIPTS = "transcripts.jsonl"
@@ -193,7 +193,7 @@ def _comparison(chains: Sequence[Chain]) -> Table:
 
 def _ranked(name: str, row: Sequence[Score | None]) -> list[Cell]:
     values = [score.value for score in row if score]
-    best = min(values) if name == BPB else max(values)
+    best = min(values) if name in (BPB, TALK_BPB) else max(values)
     differ = len(set(values)) > 1
     return [_score(score, differ and score is not None and score.value == best) for score in row]
 

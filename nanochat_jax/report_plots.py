@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -15,6 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from nanochat_jax.report import Stage, titles
 
+CONVERSATIONS = "Validation on conversations"
 POINTS = 600  # of a curve; longer ones are averaged down to these
 DASHES = ("-", "--", ":", "-.")
 SERIES = 8  # colours of the page, --series-0 …
@@ -37,7 +39,8 @@ def plots(chains: Sequence[Chain]) -> list[Plot]:
     """All plots that the runs have numbers for. Several chains share their axes, for comparison."""
     makers: list[Callable[[Sequence[Chain]], Plot | None]] = [
         *(lambda c, kind=kind: _loss(c, kind) for kind in _kinds(chains)),
-        _bits_per_byte,
+        partial(_bits_per_byte, "Validation", lambda stage: stage.kind == "pretrain"),
+        partial(_bits_per_byte, CONVERSATIONS, lambda stage: stage.kind != "pretrain"),
         _core,
         _chat,
         _reward,
@@ -112,14 +115,15 @@ def _loss(chains: Sequence[Chain], kind: str) -> Plot | None:
     return _finish(figure, axes, f"{names.get(kind, kind)} loss", caption, len(smooth) > 1)
 
 
-def _bits_per_byte(chains: Sequence[Chain]) -> Plot | None:
-    curves = _curves(chains, "val", "bpb")
+def _bits_per_byte(title: str, of: Callable[[Stage], bool], chains: Sequence[Chain]) -> Plot | None:
+    curves = _curves(chains, "val", "bpb", of)
     if not curves:
         return None
     figure, axes = _axes("step", "bits per byte")
     for curve in curves:
         _draw(axes, curve, marker="o", markersize=4)
-    gzip = next((s.find("gzip_bpb") for c in chains for s in c if s.find("gzip_bpb")), None)
+    stages = (stage for chain in chains for stage in chain if of(stage))
+    gzip = next((found for stage in stages if (found := stage.find("gzip_bpb"))), None)
     caption = "Of text that was never trained on; lower is better."
     if gzip is not None and gzip < 1.5 * max(max(curve.values) for curve in curves):
         axes.axhline(gzip, color=_INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
@@ -127,7 +131,7 @@ def _bits_per_byte(chains: Sequence[Chain]) -> Plot | None:
             "gzip -9", (1, gzip), (0, 4), ("axes fraction", "data"), "offset points",
             ha="right", color=_INK, alpha=0.7,
         )  # fmt: skip
-    return _finish(figure, axes, "Validation", caption, len(curves) > 1)
+    return _finish(figure, axes, title, caption, len(curves) > 1)
 
 
 def _reward(chains: Sequence[Chain]) -> Plot | None:

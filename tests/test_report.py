@@ -194,7 +194,8 @@ def test_the_summary_is_the_originals_table(tmp_path):
     heads, rows = summary(read_chain(make_life(tmp_path)[0]))
     assert heads == ["BASE", "MID", "SFT", "RL"]
     assert [name for name, _ in rows] == [
-        *("Validation bpb", "CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU"),
+        *("Validation bpb", "Validation bpb, conversations"),
+        *("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU"),
         *("ChatCORE", "pass@1, its own task"),
     ]
     by_name = dict(rows)
@@ -331,7 +332,8 @@ def test_what_a_model_wrote_is_text(page):
 def test_every_plot_is_there_once_and_well_formed(page):
     titles = re.findall(r"<figure><h3>(.*?)</h3>", page)
     assert titles == [
-        *("Pretraining loss", "Mid-training loss", "Fine-tuning loss", "Validation"),
+        *("Pretraining loss", "Mid-training loss", "Fine-tuning loss"),
+        *("Validation", "Validation on conversations"),
         *("CORE, task by task", "Chat tasks", "Reward", "pass@k", "Throughput", "Gradient norm"),
     ]
     for svg in re.findall(r"<svg .*?</svg>", page, re.DOTALL):
