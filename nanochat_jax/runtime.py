@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from nanochat_jax.sharding import initialize_distributed
 
 PACKAGE = Path(__file__).resolve().parent
 SCRIPTS = PACKAGE.parent / "scripts"
+SECONDS_BETWEEN_LINES = 20  # of progress, where there is no terminal
 GPU_MEMORY_SHARE = "0.92"  # JAX alone takes 0.75; a training program may have nearly all
 
 
@@ -83,12 +85,30 @@ def say(*lines: Any) -> None:
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal of process 0 while something runs: call it with (done, total)."""
-    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    """Shows on process 0 how far something is: call it with (done, total).
+
+    A bar on a terminal; elsewhere, as in a log file, a line now and then.
+    """
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not is_main_process()) as bar:
+    if not is_main_process() or not console.is_terminal:
+        yield _lines_of_progress(name)
+        return
+    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines_of_progress(name: str) -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() >= told + SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            say(f"{name}: {100 * done / total:.0f} %")
+
+    return tell
 
 
 def wait_for_all(name: str) -> None:
