@@ -7,9 +7,9 @@ so a run that goes on after an interruption draws the same again.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
-import jax
 import numpy as np
 
 from nanochat_jax.engine.engine import Engine
@@ -20,7 +20,7 @@ from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.chat import pass_at_k
 from nanochat_jax.evals.scoring import Progress
 from nanochat_jax.rl import Rollout
-from nanochat_jax.runtime import gather_json
+from nanochat_jax.runtime import share_out
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -71,14 +71,13 @@ class Interview:
         The processes of a cluster run divide the questions; each gets all of the answers.
         """
         asked = [(question, task[question.example]) for question in questions]
-        first, step = jax.process_index(), jax.process_count()
-        shares = gather_json(self._answer(asked[first::step], n, judge))
+        answers = share_out(asked, partial(self._answer, n, judge))
         return [
-            Answered(question, talk, [Rollout(**told) for told in shares[i % step][i // step]])
-            for i, (question, talk) in enumerate(asked)
+            Answered(question, talk, [Rollout(**told) for told in samples])
+            for (question, talk), samples in zip(asked, answers, strict=True)
         ]
 
-    def _answer(self, asked: Sequence[tuple[Question, Conversation]], n: int, judge: Judge):
+    def _answer(self, n: int, judge: Judge, asked: Sequence[tuple[Question, Conversation]]):
         """The samples of each question as JSON."""
         requests = [self._request(question, talk, n) for question, talk in asked]
         # A new scheduler: an old one would go on from rows that other weights have filled.

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -130,6 +130,16 @@ def gather_json(value: Any) -> list[Any]:
     padded[: len(encoded)] = encoded
     gathered = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes, strict=True)]
+
+
+def share_out[T](items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
+    """`work(items)`, a result in JSON for each, done in parts by the processes of a cluster run.
+
+    All of them must call it, and each gets all results.
+    """
+    n = jax.process_count()
+    shares = gather_json(work(items[jax.process_index() :: n]))
+    return [shares[i % n][i // n] for i in range(len(items))]
 
 
 def compute_dtype(name: str) -> Any:

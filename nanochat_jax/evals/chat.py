@@ -7,6 +7,7 @@ new questions taking the rows of finished ones, and judged by the task itself.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, resampled_means
 from nanochat_jax.evals.scoring import Progress, Scorer
 from nanochat_jax.evals.scoring_rows import Score, Span
-from nanochat_jax.runtime import gather_json
+from nanochat_jax.runtime import share_out
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -159,14 +160,12 @@ def evaluate_generative(
     The processes of a cluster divide the questions, each with a scheduler of its own; each gets all
     results.
     """
-    processes = jax.process_count()
-    at_once = ROUNDS * scheduler.engine.slots * processes
+    at_once = ROUNDS * scheduler.engine.slots * jax.process_count()
+    answer = partial(_answer, scheduler, tokenizer, task, drawing)
     judged: list[list[tuple[str, bool]]] = []
     for first in range(0, len(task), at_once):
         numbers = range(first, min(first + at_once, len(task)))
-        share = numbers[jax.process_index() :: processes]
-        shares = gather_json(_answer(scheduler, tokenizer, task, drawing, share))
-        judged += [shares[i % processes][i // processes] for i in range(len(numbers))]
+        judged += share_out(numbers, answer)
         progress(numbers.stop, len(task))
     correct = np.array([[right for _, right in samples] for samples in judged], bool)
     baseline = CHAT_CORE.get(task.name, 0.0)
