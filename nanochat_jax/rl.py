@@ -174,8 +174,8 @@ def make_batch(rows: Rows, rewards_QN: np.ndarray, objective: Objective, at_once
     )
 
 
-def put_rollouts(batch: RolloutBatch, mesh: Mesh) -> RolloutBatch:
-    """The batch, which every process has, on the mesh: rows cut over the devices."""
+def put_rollouts[T](batch: T, mesh: Mesh) -> T:
+    """A batch, or an array of one, which every process has, on the mesh: rows cut over devices."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
 
     def put(array: np.ndarray) -> jax.Array:

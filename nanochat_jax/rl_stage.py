@@ -60,6 +60,8 @@ MOMENTUM = 0.95  # of Muon, from the first step to the last
 ROW_WIDTHS = {"cudnn": (128,), "blocked": (16, 32, 64, 128)}  # what rows are padded to
 SHOWN = 2  # held-out questions whose answers are shown
 
+type Lend = Callable[[Params], AbstractContextManager[None]]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -182,7 +184,7 @@ def inherit(meta: dict[str, Any], config: RlConfig, num_steps: int) -> OptimConf
 
 
 def _stage(job: Job) -> Stage:
-    config, identity = job.config, job.identity()
+    config, identity, lend = job.config, job.identity(), make_lender(job)
     return Stage(
         name="rl",
         config=config,
@@ -205,9 +207,9 @@ def _stage(job: Job) -> Stage:
         fresh_state=partial(_fresh_state, job),
         loader=partial(_questions, job),
         put=lambda questions: questions,
-        train_step=partial(make_step, job),
-        evaluate=partial(_evaluate, job),
-        sample=partial(_sample, job),
+        train_step=partial(make_step, job, lend),
+        evaluate=partial(_evaluate, job, lend),
+        sample=partial(_sample, job, lend),
         try_it=f"python scripts/chat.py --run {quote(config.run)}",
         meta={"source": identity["source"]},
     )
@@ -251,20 +253,21 @@ def _questions(job: Job, state: dict[str, Any] | None) -> Questions:
 
 
 def make_step(
-    job: Job,
+    job: Job, lend: Lend
 ) -> Callable[[TrainState, list[Question]], tuple[TrainState, dict[str, Any]]]:
     """The function (state, questions) -> (state, metrics): answers, rewards, updates.
 
     The state given in is donated.
     """
     config, objective = job.config, job.config.objective()
-    ask = make_asker(job)
+    interview, task = job.interview, job.train_task
     update = make_updates(job)
 
     def step(state: TrainState, questions: list[Question]) -> tuple[TrainState, dict[str, Any]]:
         began = perf_counter()
         number = int(state.step)
-        answered = ask(state.params, questions)
+        with lend(state.params):
+            answered = interview.ask(task, questions, config.samples, task.reward)
         told = {**summary(answered), "rollout_seconds": perf_counter() - began}
         if is_main_process():
             _write_transcripts(job, number, answered)
@@ -278,18 +281,7 @@ def make_step(
     return step
 
 
-def make_asker(job: Job) -> Callable[[Params, list[Question]], list[Answered]]:
-    """The function from weights and questions to the training task's answers and rewards."""
-    lend, task = make_lender(job), job.train_task
-
-    def ask(params: Params, questions: list[Question]) -> list[Answered]:
-        with lend(params):
-            return job.interview.ask(task, questions, job.config.samples, task.reward)
-
-    return ask
-
-
-def make_lender(job: Job) -> Callable[[Params], AbstractContextManager[None]]:
+def make_lender(job: Job) -> Lend:
     """The function that lets the engine have a state's weights; its memory is the training's."""
     gather, engine = make_own_gather(job.model, job.mesh), job.interview.engine
 
@@ -322,8 +314,9 @@ def make_updates(
         after = jax.device_put(np.int32(int(state.step) + 1), state.step.sharding)
         placed = rl.put_rollouts(batch, job.mesh)
         if reference_params is not None:
-            batch = batch._replace(reference_logprobs_ABT=logprobs(reference_params, placed))
-            placed = rl.put_rollouts(batch, job.mesh)
+            reference = logprobs(reference_params, placed)
+            batch = batch._replace(reference_logprobs_ABT=reference)
+            placed = placed._replace(reference_logprobs_ABT=rl.put_rollouts(reference, job.mesh))
         told = rl.compare(logprobs(state.params, placed), batch)
         first = None
         for index in range(config.updates):
@@ -347,8 +340,8 @@ def _write_transcripts(job: Job, step: int, answered: list[Answered]) -> None:
 # --- looking at it --------------------------------------------------------------------------------
 
 
-def _evaluate(job: Job, stopped: Callable[[], bool]) -> Evaluate:
-    config, lend = job.config, make_lender(job)
+def _evaluate(job: Job, lend: Lend, stopped: Callable[[], bool]) -> Evaluate:
+    config = job.config
     at_once, n = config.questions_per_step, config.eval_samples
 
     def evaluate(params: Params) -> dict[str, float] | None:
@@ -358,10 +351,10 @@ def _evaluate(job: Job, stopped: Callable[[], bool]) -> Evaluate:
     return evaluate
 
 
-def _sample(job: Job) -> Sample:
+def _sample(job: Job, lend: Lend) -> Sample:
     """The likeliest answers to the first held-out questions."""
     interview = replace(job.interview, temperature=0.0)
-    lend, task = make_lender(job), job.test_task
+    task = job.test_task
     questions = [Question(i, 0) for i in range(min(SHOWN, len(task)))]
 
     def sample(params: Params) -> list[tuple[str, str]]:
