@@ -1,7 +1,7 @@
 """Reinforcement learning: the model answers questions, and right answers become likelier.
 
     python scripts/rl.py --source d20-sft                       # GSM8K, as the original did
-    python scripts/rl.py --source cpu-sft --task arithmetic --num-iterations 50
+    python scripts/rl.py --source cpu-sft --task spelling-local --num-iterations 50
     python scripts/rl.py --config=runs/d20-rl/config.toml --resume
     python scripts/rl.py --advantage std --normalisation sequence --clip 0.2 --kl 0.04   # GRPO
 
