@@ -10,6 +10,7 @@ A query at position i sees keys j with 0 <= i − j <= window, so window + 1 key
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +106,25 @@ def _add_at(total_BKTH, keys: slice, part_BKsH):
 
 
 _einsum32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def attention_kernel(name: str, dtype: Any, sequence_len: int, head_dim: int) -> str:
+    """The attention to compile: "auto" is cudnn wherever its conditions hold."""
+    if name not in ("auto", "blocked", "cudnn"):
+        raise ValueError(f"attention is auto, blocked or cudnn, not {name!r}")
+    wrong = _why_not_cudnn(dtype, sequence_len, head_dim)
+    if name == "cudnn" and wrong:
+        raise ValueError(f"attention=cudnn needs {wrong}; use attention=blocked")
+    return "blocked" if name == "blocked" or wrong else "cudnn"
+
+
+def _why_not_cudnn(dtype: Any, sequence_len: int, head_dim: int) -> str | None:
+    if "NVIDIA" not in jax.devices()[0].device_kind:
+        return f"an NVIDIA GPU, not {jax.devices()[0].device_kind!r}"
+    if dtype != jnp.bfloat16:
+        return "dtype=bfloat16"
+    if sequence_len % 128:
+        return f"rows of a multiple of 128 tokens, not {sequence_len}"
+    if head_dim % 8 or head_dim > 128:
+        return f"heads of a multiple of 8 and at most 128, not {head_dim}"
+    return None

@@ -26,13 +26,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
-from nanochat_jax.gpt import GPT, GPTConfig, Params, parameter_table
-from nanochat_jax.runtime import attention_kernel, compute_dtype
+from nanochat_jax.attention import attention_kernel
+from nanochat_jax.gpt import GPT, GPTConfig, Params, compute_dtype, parameter_table
+from nanochat_jax.runs import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from nanochat_jax.sharding import from_logical, logical_shardings
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState
 
-FOLDER, TOKENIZER_FOLDER = "checkpoints", "tokenizer"
 NO_SPACE = "No space left on device"
 
 # Orbax warns there of what is meant to be so, and tells a failed save five times before it raises.
@@ -45,7 +45,7 @@ class Checkpoints:
     def __init__(self, run_folder: Path, keep_last: int = 2, read_only: bool = False):
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, not {keep_last}")
-        self.folder = run_folder / FOLDER
+        self.folder = run_folder / CHECKPOINTS_FOLDER
         policies = [
             checkpoint_managers.LatestN(keep_last),
             checkpoint_managers.BestN(get_metric_fn=_val_bpb, reverse=True, n=1),
@@ -215,7 +215,7 @@ def load_model(
 
 def open_checkpoints(run_folder: Path) -> Checkpoints:
     """For reading only; ValueError where there are none."""
-    if not (run_folder / FOLDER).is_dir():
+    if not (run_folder / CHECKPOINTS_FOLDER).is_dir():
         raise ValueError(f"{run_folder} holds no checkpoints; train one with scripts/pretrain.py")
     return Checkpoints(run_folder, read_only=True)
 

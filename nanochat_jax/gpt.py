@@ -468,3 +468,12 @@ def _softcap_backward(saved, g_BT):
 
 
 softcap_cross_entropy.defvjp(_softcap_forward, _softcap_backward)
+
+
+def compute_dtype(name: str) -> Any:
+    """The type of matrix products and activations: "auto" is bfloat16 but for a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is auto, float32 or bfloat16, not {name!r}")
+    return jnp.bfloat16 if name == "bfloat16" else jnp.float32

@@ -4,20 +4,25 @@ runs/<name>/ is described in checkpoint.py. What decides the numbers of a run (i
 saved with every checkpoint and compared when the run is resumed; everything else may change.
 """
 
+import ctypes
 import fcntl
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, Literal
+from uuid import uuid4
 
-from nanochat_jax.checkpoint import FOLDER, TOKENIZER_FOLDER, open_checkpoints
 from nanochat_jax.config import base_dir, to_toml
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.tracking import FILE
 
 CONFIG_FILE, LOCK_FILE = "config.toml", ".lock"
+CHECKPOINTS_FOLDER, TOKENIZER_FOLDER = "checkpoints", "tokenizer"
 
 
 def run_folder(name: str | Path) -> Path:
@@ -33,19 +38,12 @@ def default_run(stages: Sequence[str] = ()) -> str:
     No stage named: of any.
     """
     folder = base_dir() / "runs"
-    found = [path for path in folder.glob(f"*/{FOLDER}") if any(path.iterdir())]
+    found = [path for path in folder.glob(f"*/{CHECKPOINTS_FOLDER}") if any(path.iterdir())]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        if not stages or _stage_of(path.parent) in stages:
+        if not stages or read_meta(path.parent).get("stage") in stages:
             return path.parent.name
     of = f" of the stage {' or '.join(stages)}" if stages else ""
     raise ValueError(f"there is no run{of} in {folder}; train one: bash speedrun.sh")
-
-
-def _stage_of(folder: Path) -> str | None:
-    """The stage of a run's last finished checkpoint; None where it has none."""
-    with open_checkpoints(folder) as checkpoints:
-        step = checkpoints.latest()
-        return None if step is None else checkpoints.meta(step).get("stage")
 
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -94,7 +92,7 @@ def make_ready(folder: Path, overwrite: bool) -> None:
 
 def _is_run(folder: Path) -> bool:
     """Whether anything is there that it would be a pity to lose."""
-    records, checkpoints = folder / FILE, folder / FOLDER
+    records, checkpoints = folder / METRICS_FILE, folder / CHECKPOINTS_FOLDER
     has_records = records.exists() and records.stat().st_size > 0
     return has_records or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
@@ -125,3 +123,218 @@ def _differences(then: Any, now: Any, where: str) -> Iterator[str]:
             yield from _differences(then.get(key), now.get(key), name)
     elif then != now:
         yield f"{where} was {then}, now {now}"
+
+
+REPORT_FOLDER = "report"
+
+
+def record(folder: Path, stage: str, values: dict[str, Any]) -> None:
+    """Writes a stage's section: `values`, numbers and texts by name, replace what was there.
+
+    One process of a run calls it. Names that the summary knows: core, core_tasks, bpb, chatcore,
+    chat_tasks, core_interval …; seconds, kwh; all others are shown as they are.
+    """
+    (folder / REPORT_FOLDER).mkdir(parents=True, exist_ok=True)
+    _write_json(folder / REPORT_FOLDER / f"{stage}.json", values)
+
+
+def record_evaluation(path: Path, found: dict[str, Any]) -> None:
+    """Writes what was found of a checkpoint beside what was found of the same one before.
+
+    A mean over tasks that are not all of those in the file is left out.
+    """
+    before = _read_json(path)
+    if before.get("step") != found["step"]:
+        before = {}
+    whole = before | found
+    if "chat_tasks" in found:
+        whole["chat_tasks"] = before.get("chat_tasks", {}) | found["chat_tasks"]
+        if len(whole["chat_tasks"]) > len(found["chat_tasks"]):
+            whole = {name: value for name, value in whole.items() if "mean_centred" not in name}
+    _write_json(path, whole)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(draft, path)
+
+
+class Meter:
+    """What a stage takes: wall seconds, and kWh of the GPUs, with those of its earlier sessions.
+
+    Made when a stage begins; `read()` at its end gives values for `record`.
+    """
+
+    def __init__(self, folder: Path, stage: str):
+        self._before = _read_json(folder / REPORT_FOLDER / f"{stage}.json")
+        self._began, self._kwh = monotonic(), gpu_kwh()
+
+    def read(self) -> dict[str, float]:
+        taken = {"seconds": monotonic() - self._began}
+        kwh = gpu_kwh()
+        if kwh is not None and self._kwh is not None:
+            taken["kwh"] = kwh - self._kwh
+        return {name: self._before.get(name, 0.0) + value for name, value in taken.items()}
+
+
+def read_meta(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """The meta of a run's checkpoint, by default the last that is finished; {} where there is none
+    that can be read."""
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    if step is not None:
+        return _read_json(checkpoints / str(step) / "meta" / "metadata")
+    finished = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+    metas = (read_meta(folder, step) for step in sorted(finished, reverse=True))
+    return next(filter(None, metas), {})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} for a file that is missing, torn, or no object: a report shows what is there."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# --- What the GPUs have consumed: NVML's own counter, through the driver's library al ---
+
+JOULES_PER_KWH = 3.6e6
+_LIBRARY = "libnvidia-ml.so.1"
+
+
+def gpu_kwh() -> float | None:
+    """Kilowatt-hours that all GPUs of this machine have consumed since their driver was loaded.
+
+    A difference of two readings is what happened between them. None where no GPU tells (there is
+    none, or it is older than Volta).
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    count = ctypes.c_uint()
+    if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return None
+    readings = [_millijoules(nvml, index) for index in range(count.value)]
+    known = [reading for reading in readings if reading is not None]
+    return sum(known) / 1000 / JOULES_PER_KWH if known else None
+
+
+@cache
+def _nvml() -> Any:
+    try:
+        nvml = ctypes.CDLL(_LIBRARY)
+    except OSError:
+        return None
+    return nvml if nvml.nvmlInit_v2() == 0 else None
+
+
+def _millijoules(nvml: Any, index: int) -> int | None:
+    device, energy = ctypes.c_void_p(), ctypes.c_ulonglong()
+    if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
+        return None
+    if nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy)):
+        return None
+    return energy.value
+
+
+# --- Numbers for later: metrics.jsonl always, Weights & Biases when asked ---
+
+METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id.txt"
+WANDB_PROJECT = "nanochat_jax"
+
+Record = dict[str, Any]
+WandbMode = Literal["disabled", "offline", "online"]
+
+
+class Tracker:
+    """Writes records to a run's folder. `write=False` (processes other than the first) is mute."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        name: str = "",
+        config: dict[str, Any] | None = None,
+        wandb_mode: WandbMode = "disabled",
+        write: bool = True,
+    ):
+        path = run_folder / METRICS_FILE
+        self._file = path.open("a", encoding="utf-8") if write else None
+        asked = write and wandb_mode != "disabled"
+        self._wandb = _start_wandb(run_folder, name, config or {}, wandb_mode) if asked else None
+
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        """One record; on disk when this returns. Non-finite numbers become null."""
+        if self._file is None:
+            return
+        record = {"kind": kind, "step": step, **values}
+        self._file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            numbers = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, int | float)}
+            self._wandb.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(run_folder: Path) -> list[Record]:
+    """All records of a run; a line torn by a sudden end is left out."""
+    return [record for record, _ in _records(run_folder / METRICS_FILE)]
+
+
+def cut_metrics(run_folder: Path, keep: Callable[[Record], bool], file: str = METRICS_FILE) -> None:
+    """Removes the records that `keep` refuses, and torn lines, in one atomic replacement."""
+    path = run_folder / file
+    if not path.exists():
+        return
+    draft = path.with_suffix(".tmp")
+    kept = [line for record, line in _records(path) if keep(record)]
+    draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _records(path: Path) -> Iterator[tuple[Record, str]]:
+    # Bytes, not text: a torn line can end inside a character.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+                yield record, line.decode()
+        except ValueError:
+            continue
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return value
+
+
+def _start_wandb(run_folder: Path, name: str, config: dict[str, Any], mode: WandbMode) -> Any:
+    import wandb  # slow to import, and not everybody wants it
+
+    id_file = run_folder / WANDB_ID_FILE
+    run_id = id_file.read_text().strip() if id_file.exists() else uuid4().hex[:8]
+    id_file.write_text(run_id)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
+        name=name,
+        id=run_id,
+        config=config,
+        dir=str(run_folder),
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(silent=True),
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

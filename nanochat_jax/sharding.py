@@ -7,7 +7,6 @@ of matrices are cut along the stack; one that the devices do not divide is padde
 matrices. Checkpoints hold the logical arrays without that padding: they fit any device count.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,22 +21,6 @@ REPLICATED = P()
 
 # The dimension along which a parameter, and its moments, are cut; those not named are replicated.
 SHARD_DIM = {"qo": 0, "kv": 0, "fc": 0, "proj": 0, "wte": 0, "lm_head": 0, "value_embeds": 1}
-
-
-def initialize_distributed() -> None:
-    """Joins the processes of a cluster run; does nothing for a single process.
-
-    Recognised: Slurm with several tasks, and JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID (torchrun-like launchers, Kubernetes).
-    """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        jax.distributed.initialize()
 
 
 def make_mesh(n_devices: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:

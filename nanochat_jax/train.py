@@ -9,7 +9,7 @@ Shapes: A accumulation steps (micro-batches), B rows, T time, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from nanochat_jax.data.loader import Batch
 from nanochat_jax.gpt import GPT, Params, init_params, parameter_table
 from nanochat_jax.sharding import (
     AXIS,
@@ -33,6 +32,14 @@ from nanochat_jax.sharding import (
     shardings,
     specs,
 )
+
+
+class Batch(NamedTuple):
+    """One optimizer step: A micro-batches of B rows of T tokens, int32; target −1 is ignored."""
+
+    inputs_ABT: Any
+    targets_ABT: Any
+
 
 Metrics = dict[str, jax.Array]
 

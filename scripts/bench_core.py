@@ -20,14 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
+from nanochat_jax.distributed import provenance, say, start
 from nanochat_jax.evals.core import Asked, ask, is_correct
-from nanochat_jax.evals.core_bundle import find_bundle, how_to_get, read_bundle
+from nanochat_jax.evals.core_tasks import find_bundle, how_to_get, read_bundle
 from nanochat_jax.evals.scoring import LEAST_PREFIX, Scorer
-from nanochat_jax.evals.scoring_rows import Score, Span, bucket
+from nanochat_jax.evals.scoring_batches import Score, Span, bucket
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.runs import run_folder
-from nanochat_jax.runtime import provenance, run_script, say, start
 from nanochat_jax.sharding import from_logical, make_mesh
 
 

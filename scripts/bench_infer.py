@@ -26,14 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax.checkpoint import load_model
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.devices import find_device
+from nanochat_jax.distributed import provenance, start
 from nanochat_jax.engine.decode import Control
 from nanochat_jax.engine.engine import Chunk, Engine, make_engine
 from nanochat_jax.engine.sampling import Sampling
-from nanochat_jax.gpt import GPT, Params, init_params
+from nanochat_jax.gpt import GPT, Params, compute_dtype, init_params
 from nanochat_jax.runs import run_folder
-from nanochat_jax.runtime import compute_dtype, provenance, run_script, start
 from nanochat_jax.scaling import plan
 
 

@@ -29,8 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
-from nanochat_jax.runtime import run_script
 
 SERVE = Path(__file__).resolve().parent / "serve.py"
 QUESTIONS = (

@@ -23,13 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import scaling
-from nanochat_jax.config import PretrainConfig, parse
-from nanochat_jax.data.loader import train_loader
+from nanochat_jax.cli import run_script
+from nanochat_jax.config import parse
 from nanochat_jax.data.shards import list_shards
+from nanochat_jax.data.text import train_loader
 from nanochat_jax.devices import peak_flops
-from nanochat_jax.pretraining import build, decide
-from nanochat_jax.runtime import provenance, run_script, start
+from nanochat_jax.distributed import provenance, start
 from nanochat_jax.sharding import make_mesh
+from nanochat_jax.stages.pretraining import build, decide
+from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 from nanochat_jax.train import init_state, make_train_step, put_batch
 

@@ -16,10 +16,11 @@ from typing import Annotated
 import tyro
 
 from nanochat_jax.checkpoint import load_model
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
-from nanochat_jax.engine.load import make_scheduler
+from nanochat_jax.distributed import start
+from nanochat_jax.engine.scheduler import make_scheduler
 from nanochat_jax.runs import default_run, run_folder
-from nanochat_jax.runtime import run_script, start
 from nanochat_jax.serve.terminal import Settings, Terminal, talk
 
 
@@ -50,7 +51,12 @@ def main() -> None:
     start()
     run = config.run or default_run()
     loaded = load_model(run_folder(run), config.step)
-    terminal = Terminal(make_scheduler(loaded, slots=1, chunk=8), loaded, run, settings)
+    terminal = Terminal(
+        make_scheduler(loaded.model, loaded.params, loaded.tokenizer, slots=1, chunk=8),
+        loaded,
+        run,
+        settings,
+    )
     with terminal, contextlib.suppress(KeyboardInterrupt):
         if prompt is None:
             talk(terminal)

@@ -21,10 +21,10 @@ from typing import Annotated
 import pyarrow.parquet as pq
 import tyro
 
+from nanochat_jax.cli import Bar
 from nanochat_jax.config import parse
 from nanochat_jax.data.corpus import convert_folder, make_local_dataset
-from nanochat_jax.data.hub import download_shards
-from nanochat_jax.data.progress_bar import Bar
+from nanochat_jax.data.download import download_shards
 from nanochat_jax.data.shards import HUB_DATASETS, LOCAL, dataset_folder, list_shards
 
 

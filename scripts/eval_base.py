@@ -15,19 +15,19 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from nanochat_jax.actions import make_evaluate, make_sample, validation_rows
 from nanochat_jax.checkpoint import LoadedModel, load_model
+from nanochat_jax.cli import progress_bar, run_script
 from nanochat_jax.config import parse
 from nanochat_jax.data.shards import list_shards
+from nanochat_jax.distributed import is_main_process, say, start
 from nanochat_jax.evals.bits_per_byte import gzip_bits_per_byte
 from nanochat_jax.evals.core import comparison, core_csv, core_json, evaluate_core
-from nanochat_jax.evals.core_bundle import find_bundle, how_to_get, read_bundle
-from nanochat_jax.evals.samples import PROMPTS
+from nanochat_jax.evals.core_tasks import find_bundle, how_to_get, read_bundle
+from nanochat_jax.evals.generation import PROMPTS
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.report import record_evaluation
-from nanochat_jax.runs import run_folder
-from nanochat_jax.runtime import is_main_process, progress_bar, run_script, say, start
+from nanochat_jax.runs import record_evaluation, run_folder
 from nanochat_jax.sharding import make_mesh
+from nanochat_jax.stages.stage import make_evaluate, make_sample, validation_rows
 
 
 @dataclass(frozen=True)

@@ -18,25 +18,24 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
+from nanochat_jax.cli import progress_bar, run_script
 from nanochat_jax.config import parse
+from nanochat_jax.distributed import is_main_process, say, start
 from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.chat import (
     CHAT_CORE,
     ChatResult,
-    Drawing,
-    capacity_for,
     chat_json,
     chat_table,
     evaluate_categorical,
     evaluate_generative,
 )
+from nanochat_jax.evals.generation import Drawing, capacity_for
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.report import record_evaluation
-from nanochat_jax.runs import run_folder
-from nanochat_jax.runtime import is_main_process, progress_bar, run_script, say, start
-from nanochat_jax.sandbox import isolation
+from nanochat_jax.runs import record_evaluation, run_folder
+from nanochat_jax.sandbox.run import isolation
 from nanochat_jax.sharding import make_mesh, own_mesh
 from nanochat_jax.tasks.registry import JSON, make_task, missing
 from nanochat_jax.tasks.task import Task, check_answered

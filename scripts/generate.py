@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.checkpoint import load_model
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
+from nanochat_jax.distributed import say, start
 from nanochat_jax.engine.sampling import Sampling
-from nanochat_jax.evals.samples import complete, completion_engine
+from nanochat_jax.evals.generation import complete, completion_engine
 from nanochat_jax.runs import run_folder
-from nanochat_jax.runtime import run_script, say, start
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ run; --resume continues it, bit for bit on a CPU.
 
 import sys
 
-from nanochat_jax.config import MidtrainConfig, parse
-from nanochat_jax.finetuning import finetune
-from nanochat_jax.runtime import run_script, start
+from nanochat_jax.cli import run_script
+from nanochat_jax.config import parse
+from nanochat_jax.distributed import start
+from nanochat_jax.stages.finetuning import finetune
+from nanochat_jax.stages.settings import MidtrainConfig
 
 
 def main() -> None:

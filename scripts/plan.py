@@ -26,13 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import config as configuration
-from nanochat_jax import planning
+from nanochat_jax.cli import run_script
 from nanochat_jax.devices import find_device
-from nanochat_jax.planning_inference import compile_engine
-from nanochat_jax.pretraining import decide
-from nanochat_jax.runtime import run_script
+from nanochat_jax.planner import estimate
+from nanochat_jax.planner.gpus import GIB, GPUS, GPUS_PER_NODE, described
+from nanochat_jax.planner.program import CompiledStep, compile_engine, compile_step, search_largest
 from nanochat_jax.scaling import Plan
-from nanochat_jax.topology import GIB, GPUS, GPUS_PER_NODE, described
+from nanochat_jax.stages import settings
+from nanochat_jax.stages.pretraining import decide
 
 # What only a compiled program tells: null in the JSON of a plan by arithmetic.
 PROGRAM_KEYS = (
@@ -49,7 +50,7 @@ PROGRAM_KEYS = (
 
 
 @dataclass(frozen=True)
-class PretrainConfig(configuration.PretrainConfig):
+class PretrainConfig(settings.PretrainConfig):
     """The settings of a run (it has the name of pretrain.py's, so a preset's table applies)."""
 
     target: str = "auto"
@@ -76,12 +77,12 @@ def main() -> None:
     if config.target == "auto" and target != "cpu" and find_device(target) is None:
         print(f"No data sheet of {target!r} in nanochat_jax/devices.py: no plan for this machine.")
         return
-    plan = decide(config, config.vocab_size or planning.vocabulary(config), devices)
+    plan = decide(config, config.vocab_size or estimate.vocabulary(config), devices)
     if config.compile and target in GPUS:
-        compiled = planning.compile_step(plan, target)
+        compiled = compile_step(plan, target)
         cost, program = compiled.cost(), read_program(config, compiled)
     else:
-        cost, program = planning.estimate(plan, target), {}
+        cost, program = estimate.estimate(plan, target), {}
     if program and config.engine_slots:
         program |= compile_engine(plan.config, target, config.engine_slots).summary()
     summary = summarise(config, plan, cost, target) | program
@@ -92,18 +93,18 @@ def main() -> None:
 def choose_machine(config: PretrainConfig) -> tuple[str, int]:
     """(target, number of devices) to plan for; a GPU that can be compiled for by its short name."""
     if config.target == "auto":
-        found, number = planning.this_machine()
+        found, number = estimate.this_machine()
     else:
         found, number = config.target, 1 if config.target == "cpu" else GPUS_PER_NODE
     return described(found) or found, config.gpus or number
 
 
 def summarise(
-    config: PretrainConfig, plan: Plan, cost: planning.StepCost, target: str
+    config: PretrainConfig, plan: Plan, cost: estimate.StepCost, target: str
 ) -> dict[str, Any]:
     """What every plan says, compiled or not."""
-    checkpoint = planning.state_bytes(plan)
-    shards = planning.shards_needed(plan.total_tokens, config.dataset)
+    checkpoint = estimate.state_bytes(plan)
+    shards = estimate.shards_needed(plan.total_tokens, config.dataset)
     hours = plan.num_iterations * cost.step_s / 3600
     price = 0.0 if target == "cpu" else config.usd_per_gpu_hour
     return {
@@ -120,22 +121,22 @@ def summarise(
         "ms_per_microbatch": round(cost.microbatch_s * 1e3, 2),
         "ms_per_step": round(cost.step_s * 1e3, 2),
         "tokens_per_s": round(plan.total_batch_size / cost.step_s),
-        "mfu": planning.mfu(plan, cost, target),
+        "mfu": estimate.mfu(plan, cost, target),
         "steps": plan.num_iterations,
         "hours": round(hours, 3),
-        "usd": round(planning.usd(hours, plan.n_devices, price), 2),
+        "usd": round(estimate.usd(hours, plan.n_devices, price), 2),
         "shards": shards,
-        "disk_gb": round(planning.disk_bytes(shards, checkpoint, config.keep_last) / 1e9, 2),
+        "disk_gb": round(estimate.disk_bytes(shards, checkpoint, config.keep_last) / 1e9, 2),
         "compiled": False,
         **dict.fromkeys(PROGRAM_KEYS),
     }
 
 
-def read_program(config: PretrainConfig, compiled: planning.CompiledStep) -> dict[str, Any]:
+def read_program(config: PretrainConfig, compiled: CompiledStep) -> dict[str, Any]:
     """What only the compiled program tells."""
     found: dict[str, Any] = {"compiled": True, "max_device_batch_compiled": False}
     if config.max_batch_search:
-        found["max_device_batch"] = planning.search_largest(compiled)
+        found["max_device_batch"] = search_largest(compiled)
         found["max_device_batch_compiled"] = True
     found["lower_s"] = round(compiled.lower_s, 1)
     found["compile_s"] = round(compiled.compile_s, 1)
@@ -143,7 +144,7 @@ def read_program(config: PretrainConfig, compiled: planning.CompiledStep) -> dic
     return found | compiled.counts()
 
 
-def show(plan: Plan, summary: dict[str, Any], cost: planning.StepCost) -> None:
+def show(plan: Plan, summary: dict[str, Any], cost: estimate.StepCost) -> None:
     console = Console()
     table = Table(title=f"Plan: depth {plan.depth}, {plan.recipe} recipe, {cost.how}")
     table.add_column("what")

@@ -13,12 +13,18 @@ The text of pretraining is fetched by scripts/download.py.
 
 from dataclasses import dataclass
 
+from nanochat_jax.cli import Bar, run_script
 from nanochat_jax.config import parse
-from nanochat_jax.data.progress_bar import Bar
-from nanochat_jax.runtime import run_script
-from nanochat_jax.tasks.hub import CORE_BUNDLE, Source, task_data_dir
-from nanochat_jax.tasks.prefetch import check, fetch, lacking, read_manifest
 from nanochat_jax.tasks.registry import source_of
+from nanochat_jax.tasks.sources import (
+    CORE_BUNDLE,
+    Source,
+    check,
+    fetch,
+    lacking,
+    read_manifest,
+    task_data_dir,
+)
 
 _MIXTURE = "smoltalk:train smoltalk:test mmlu-aux:train mmlu:test gsm8k:train gsm8k:test"
 STAGES = {

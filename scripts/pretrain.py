@@ -12,9 +12,11 @@ end the run; --resume continues it, bit for bit on a CPU.
 
 import sys
 
-from nanochat_jax.config import PretrainConfig, parse
-from nanochat_jax.pretraining import pretrain
-from nanochat_jax.runtime import run_script, start
+from nanochat_jax.cli import run_script
+from nanochat_jax.config import parse
+from nanochat_jax.distributed import start
+from nanochat_jax.stages.pretraining import pretrain
+from nanochat_jax.stages.settings import PretrainConfig
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from typing import Annotated
 
 import tyro
 
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import base_dir, parse
-from nanochat_jax.report import read_chain
-from nanochat_jax.report_content import build
-from nanochat_jax.report_page import write
+from nanochat_jax.report.chain import read_chain
+from nanochat_jax.report.content import build
+from nanochat_jax.report.page import write
 from nanochat_jax.runs import default_run, run_folder
-from nanochat_jax.runtime import run_script
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ run; --resume continues it, bit for bit on a CPU.
 
 import sys
 
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
-from nanochat_jax.rl_config import RlConfig
-from nanochat_jax.rl_stage import reinforce
-from nanochat_jax.runtime import run_script, start
+from nanochat_jax.distributed import start
+from nanochat_jax.stages.rl import reinforce
+from nanochat_jax.stages.settings import RlConfig
 
 
 def main() -> None:

@@ -15,15 +15,16 @@ Ctrl-C or SIGTERM lets running answers finish first.
 from dataclasses import replace
 
 from nanochat_jax.checkpoint import load_model
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
-from nanochat_jax.engine.load import make_scheduler
+from nanochat_jax.distributed import say, start
+from nanochat_jax.engine.scheduler import make_scheduler
 from nanochat_jax.runs import default_run, run_folder
-from nanochat_jax.runtime import run_script, say, start
-from nanochat_jax.serve.access import read_keys
 from nanochat_jax.serve.app import create_app
-from nanochat_jax.serve.conversation import stage_of
+from nanochat_jax.serve.middleware import read_keys
 from nanochat_jax.serve.server import bind, serve, url_of
 from nanochat_jax.serve.settings import ServeConfig
+from nanochat_jax.serve.text import stage_of
 from nanochat_jax.sharding import make_mesh
 
 
@@ -39,7 +40,9 @@ def main() -> None:
     start()
     loaded = load_model(run_folder(config.run), config.step)
     scheduler = make_scheduler(
-        loaded,
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
         slots=config.slots,
         chunk=config.chunk,
         max_queue=config.max_queue,

@@ -23,31 +23,33 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_jax import sweep_plots
-from nanochat_jax.config import PretrainConfig, base_dir, parse
-from nanochat_jax.loop import stop_on_signals
-from nanochat_jax.runtime import run_script, say
-from nanochat_jax.sweep_fits import PowerLaw
-from nanochat_jax.sweep_results import (
+from nanochat_jax.cli import run_script
+from nanochat_jax.config import base_dir, parse
+from nanochat_jax.distributed import say
+from nanochat_jax.stages.loop import stop_on_signals
+from nanochat_jax.stages.settings import PretrainConfig
+from nanochat_jax.sweep import plots as draw
+from nanochat_jax.sweep.fits import PowerLaw
+from nanochat_jax.sweep.grid import (
     Result,
-    compare_seeds,
-    finished,
-    fit_isoflop,
-    fit_miniseries,
-    result_of,
-    results_csv,
-    sentences,
-    table,
-)
-from nanochat_jax.sweep_runner import train_all
-from nanochat_jax.sweeps import (
     Run,
+    finished,
     isoflop_grid,
     miniseries_grid,
     numbers,
     plan_run,
+    result_of,
     seeds_grid,
     split_flags,
+    train_all,
+)
+from nanochat_jax.sweep.results import (
+    compare_seeds,
+    fit_isoflop,
+    fit_miniseries,
+    results_csv,
+    sentences,
+    table,
 )
 
 DEFAULTS = ("--sample-every=0",)  # flags given go before it
@@ -191,13 +193,13 @@ def conclude(sweep: Sweep, results: Sequence[Result], folder: Path) -> dict[str,
     show(*table(results))
     if isinstance(sweep, Isoflop):
         isoflop = fit_isoflop(results)
-        found, plots = isoflop.as_json(), sweep_plots.isoflop_plots(isoflop, results)
+        found, plots = isoflop.as_json(), draw.isoflop_plots(isoflop, results)
     elif isinstance(sweep, Miniseries):
         found = fit_miniseries(results)
         law = found["laws"].get("bpb")
-        plots = {"compute": sweep_plots.compute_plot(results, PowerLaw(**law) if law else None)}
+        plots = {"compute": draw.compute_plot(results, PowerLaw(**law) if law else None)}
     else:
-        found, plots = compare_seeds(results), {"seeds": sweep_plots.seeds_plot(results)}
+        found, plots = compare_seeds(results), {"seeds": draw.seeds_plot(results)}
     for line in sentences(found):
         say(line)
     (folder / "results.csv").write_text(results_csv(results), encoding="utf-8")

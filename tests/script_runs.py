@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat_jax.runs import read_metrics
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = {"dt", "tokens_per_s", "data_wait", "mfu", "eta_seconds", "train_seconds"}

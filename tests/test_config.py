@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax.config import CONFIGS, PretrainConfig, base_dir, from_toml, parse, to_toml
+from nanochat_jax.config import CONFIGS, base_dir, from_toml, parse, to_toml
+from nanochat_jax.stages.settings import PretrainConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 from golden_optim import arrays, model_config, optim_config
 
 from nanochat_jax.gpt import GPT
-from nanochat_jax.interop.torch_names import params_from_torch, params_to_torch
+from nanochat_jax.interop.names import params_from_torch, params_to_torch
 from nanochat_jax.optim import make_optimizer
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.train import init_state, make_train_step, put_batch

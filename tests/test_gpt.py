@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.gpt import GPT, GPTConfig, init_params, softcap_cross_entropy
-from nanochat_jax.interop.torch_names import params_from_torch
+from nanochat_jax.interop.names import params_from_torch
 from nanochat_jax.train import sum_of
 
 

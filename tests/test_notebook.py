@@ -14,23 +14,18 @@ from nbclient import NotebookClient
 from script_runs import ROOT, make_base
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
-from nanochat_jax.config import PretrainConfig, SftConfig
-from nanochat_jax.engine.load import make_scheduler
-from nanochat_jax.evals.chat import (
-    Drawing,
-    chat_json,
-    chat_table,
-    evaluate_categorical,
-    evaluate_generative,
-)
+from nanochat_jax.engine.scheduler import make_scheduler
+from nanochat_jax.evals.chat import chat_json, chat_table, evaluate_categorical, evaluate_generative
 from nanochat_jax.evals.core import comparison, core_json, evaluate_core
-from nanochat_jax.evals.core_bundle import read_bundle
+from nanochat_jax.evals.core_tasks import read_bundle
+from nanochat_jax.evals.generation import Drawing
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.finetuning import finetune
-from nanochat_jax.pretraining import pretrain
+from nanochat_jax.runs import read_metrics
 from nanochat_jax.sharding import from_logical, make_mesh
+from nanochat_jax.stages.finetuning import finetune
+from nanochat_jax.stages.pretraining import pretrain
+from nanochat_jax.stages.settings import PretrainConfig, SftConfig
 from nanochat_jax.tasks.registry import make_task
-from nanochat_jax.tracking import read_metrics
 
 NOTEBOOK = ROOT / "notebooks" / "evaluate_checkpoint.ipynb"
 TEXT = "the of and to in a is that it was for on are with as his they. " * 20
@@ -169,7 +164,10 @@ def measure(loaded: LoadedModel, bundle_path: Path) -> tuple[str, str]:
     bundle = read_bundle(bundle_path)
     core = core_json(evaluate_core(scorer, tokenizer, bundle, max_per_task=5))
     choice, sums = (make_task(name, "test", limit=5) for name in SMALL["CHAT_TASKS"])
-    drawing, scheduler = Drawing(max_new_tokens=8), make_scheduler(loaded)
+    drawing, scheduler = (
+        Drawing(max_new_tokens=8),
+        make_scheduler(loaded.model, loaded.params, loaded.tokenizer),
+    )
     results = [
         evaluate_categorical(scorer, tokenizer, choice),
         evaluate_generative(scheduler, tokenizer, sums, drawing),

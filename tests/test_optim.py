@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.gpt import GPTConfig, parameter_table
-from nanochat_jax.interop.torch_names import params_from_torch, params_to_torch, torch_names
+from nanochat_jax.interop.names import params_from_torch, params_to_torch, torch_names
 from nanochat_jax.muon import POLAR_EXPRESS, orthogonalise, polar_update, scale_by_muon
 from nanochat_jax.optim import (
     LABELS,

@@ -26,9 +26,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from nanochat_jax.data.loader import Counters, PackedRowsIterator, RowLoader
+from nanochat_jax.data.loader import Counters, Layout, PackedRowsIterator, RowLoader
 from nanochat_jax.data.packing import FitBuffer
-from nanochat_jax.data.streams import Layout
 from nanochat_jax.tokenizer import Tokenizer
 
 COUNTS = ("padding", "dropped", "cut", "skipped")  # tokens, conversations, conversations, rows

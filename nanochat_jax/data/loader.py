@@ -12,69 +12,15 @@ text: restoring reads and tokenises them again, and exactly the same rows follow
 """
 
 import math
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import grain
 import numpy as np
-
-from nanochat_jax.data.shards import DocumentBlocks, Shards, read_footer
-from nanochat_jax.data.streams import (
-    BlockEncoder,
-    Encoder,
-    Layout,
-    Stream,
-    stream_text,
-)
-
-
-class Batch(NamedTuple):
-    """One optimizer step: A micro-batches of B rows of T tokens, int32; target −1 is ignored."""
-
-    inputs_ABT: Any
-    targets_ABT: Any
-
-
-# ---- all streams of one process --------------------------------------------------------------
-
-
-class PackedRows(grain.IterDataset):
-    """A dataset whose elements are one process's rows of a step, (rows, T+1) int32."""
-
-    def __init__(
-        self,
-        blocks: DocumentBlocks,
-        encode: BlockEncoder,
-        layout: Layout,
-        owned: range,
-        passes: bool = False,
-    ) -> None:
-        # A pass may end soon: its blocks are tokenised when needed, by all threads of the encoder.
-        ahead = 0 if passes else 1
-        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
-        parents = []
-        for index in owned:
-            text = stream_text(blocks, index, layout.streams, passes)
-            parents.append(text.map(encode).to_iter_dataset(options))
-        super().__init__(parents)
-        self.counters = Counters()
-        self._owned = owned
-        self._stream_arguments = (layout, blocks, encode)
-        self._passes = passes
-
-    def __iter__(self) -> "PackedRowsIterator":
-        encoded = [parent.__iter__() for parent in self.parents]
-        streams = {
-            index: Stream(index, *self._stream_arguments, blocks_of_stream, self._passes)
-            for index, blocks_of_stream in zip(self._owned, encoded, strict=True)
-        }
-        return PackedRowsIterator(encoded, streams, self.counters)
 
 
 @dataclass
@@ -243,71 +189,6 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
         iterators.pop().close()
 
 
-# ---- what the training loop calls ------------------------------------------------------------
-
-
-def train_loader(
-    shards: Shards,
-    tokenizer: Encoder,
-    *,
-    rows: int,
-    sequence_len: int,
-    streams: int = 8,
-    buffer_docs: int = 1000,
-    process_index: int = 0,
-    process_count: int = 1,
-    state: Mapping[str, Any] | None = None,
-    prefetch: int = 3,
-    threads: int | None = None,
-) -> RowLoader:
-    """Endless training rows, (rows // process_count, T+1) int32 a step.
-
-    `rows` counts the whole optimizer step over all processes and micro-batches; it must be a
-    multiple of `streams`, and that a multiple of `process_count`. `state` comes from `get_state`
-    (or `merge_states`). Raises ValueError for a layout that does not divide, an unreadable shard,
-    or a state of other data.
-    """
-    layout = Layout(rows, sequence_len, streams, buffer_docs)
-    loader = _row_loader(
-        shards.train, tokenizer, layout, process_index, process_count, False, prefetch, threads
-    )
-    if state is not None:
-        loader.set_state(state)
-    loader.start()
-    return loader
-
-
-def val_batches(
-    shards: Shards,
-    tokenizer: Encoder,
-    *,
-    rows: int,
-    sequence_len: int,
-    n_batches: int,
-    streams: int = 8,
-    buffer_docs: int = 1000,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 3,
-    threads: int | None = None,
-) -> Iterator[np.ndarray]:
-    """The first `n_batches` batches of validation rows, (rows // process_count, T+1) int32 each.
-
-    Always the same ones. A pass takes every document into account once before the text repeats; the
-    first n rows are the same set of rows for every batch size that is a multiple of `streams`, and
-    for every number of processes. Where `rows` is no multiple of `streams`, or there are fewer
-    documents than streams, the largest common divisor that suits is used instead.
-    """
-    streams = _val_streams(shards, math.gcd(rows, streams))
-    layout = Layout(rows, sequence_len, streams, buffer_docs)
-    loader = _row_loader(
-        shards.val, tokenizer, layout, process_index, process_count, True, prefetch, threads
-    )
-    with loader:
-        for _ in range(n_batches):
-            yield next(loader)
-
-
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The states of all processes after the same step as one, from which any number can resume."""
     first = dict(states[0])
@@ -322,31 +203,26 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**common, "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
 
 
-def _val_streams(shards: Shards, at_most: int) -> int:
-    documents = sum(read_footer(path).num_rows for path in shards.val)
-    return max(s for s in range(1, at_most + 1) if at_most % s == 0 and s <= documents)
+@dataclass(frozen=True)
+class Layout:
+    """Everything on which the rows depend besides the data and the tokenizer."""
 
+    rows: int  # of one step, over all processes and micro-batches
+    sequence_len: int
+    streams: int
+    buffer_docs: int
 
-def _row_loader(
-    paths: Sequence[Path],
-    tokenizer: Encoder,
-    layout: Layout,
-    process_index: int,
-    process_count: int,
-    passes: bool,
-    prefetch: int,
-    threads: int | None,
-) -> RowLoader:
-    owned = layout.owned_streams(process_index, process_count)
-    blocks = DocumentBlocks(paths, min_blocks=layout.streams)
-    at_once = 1 if passes else len(owned)  # blocks that are tokenised side by side
-    threads = max(1, (threads or _cpus()) // at_once)
-    encode = BlockEncoder(tokenizer, layout.sequence_len + 1, threads)
-    identity = {"version": 1, "layout": asdict(layout), "data": blocks.fingerprint}
-    return RowLoader(PackedRows(blocks, encode, layout, owned, passes), identity, prefetch)
-
-
-def _cpus() -> int:
-    """The cores this process may use, where the system can tell (macOS cannot)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    def owned_streams(self, process_index: int, process_count: int) -> range:
+        """The streams of one process; ValueError when rows, streams and processes do not divide."""
+        if self.rows % self.streams:
+            raise ValueError(
+                f"{self.rows} rows a step cannot be divided among {self.streams} streams; "
+                f"use {math.gcd(self.rows, self.streams)} streams, or another batch size"
+            )
+        if self.streams % process_count:
+            raise ValueError(
+                f"{self.streams} streams cannot be divided among {process_count} processes; "
+                "use a number of streams that is a multiple of the number of processes"
+            )
+        owned = self.streams // process_count
+        return range(process_index * owned, (process_index + 1) * owned)

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jax.sharding import Mesh
 
 from nanochat_jax.engine.decode import Control, Drawn
-from nanochat_jax.engine.engine import Chunk, Engine
+from nanochat_jax.engine.engine import Chunk, Engine, make_engine
 from nanochat_jax.engine.requests import Event, Finished, Full, Request, Sample, Stats, Token, check
 from nanochat_jax.engine.tools import Block, Tools
+from nanochat_jax.gpt import GPT, Params
+from nanochat_jax.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512  # prompt tokens a round and device: those who wait for a chunk wait no longer
 PATIENCE = 4  # rounds in which shorter prompts may go first
@@ -389,3 +392,21 @@ def _collector(samples: list[Sample]) -> Callable[[list[Event]], None]:
                 sample.logprobs.append(event.logprob)
 
     return listener
+
+
+# --- From a checkpoint to a scheduler that generates ---
+
+
+def make_scheduler(
+    model: GPT,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    slots: int = 8,
+    chunk: int = 16,
+    max_queue: int = 64,
+    mesh: Mesh | None = None,
+) -> Scheduler:
+    """A scheduler with the calculator; `params` are whole, as `load_model` without a mesh reads."""
+    engine = make_engine(model, params, slots=slots, chunk=chunk, mesh=mesh)
+    return Scheduler(engine, tools=Tools(tokenizer), max_queue=max_queue)

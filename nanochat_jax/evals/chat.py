@@ -13,40 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax.engine.requests import Request, Sample
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.distributed import share_out
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, resampled_means
+from nanochat_jax.evals.generation import MAX_PROMPT, Drawing, _answer, pass_at_k
 from nanochat_jax.evals.scoring import Progress, Scorer
-from nanochat_jax.evals.scoring_rows import Score, Span
-from nanochat_jax.runtime import share_out
+from nanochat_jax.evals.scoring_batches import Score, Span
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
 # The tasks of ChatCORE and how often guessing is right.
 CHAT_CORE = {"arc-easy": 0.25, "arc-challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
-MAX_PROMPT = 2048  # tokens; of longer conversations the oldest turns are left out
 ROUNDS = 16  # times the engine's rows: questions between two signs of progress
 TRANSCRIPTS = 3  # answers that a result keeps, to look at
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How answers are drawn."""
-
-    n_samples: int = 1
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int = 50
-    seed: int = 42
-
-    def __post_init__(self):
-        if self.n_samples < 1 or self.max_new_tokens < 1:
-            raise ValueError("an answer needs at least one sample of one token")
-        if self.n_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"at temperature 0 all {self.n_samples} samples are the same; set --temperature"
-            )
 
 
 @dataclass(frozen=True)
@@ -90,21 +69,6 @@ def powers(n: int) -> list[int]:
     """2, 4, 8, … and n itself: the k of pass@k with n samples."""
     doubled = (2**i for i in range(1, n.bit_length()))
     return sorted({k for k in doubled if k < n} | ({n} if n > 1 else set()))
-
-
-def pass_at_k(correct_QN: np.ndarray, k: int) -> np.ndarray:
-    """Of each question the chance that one of k samples is right, (Q,), from N ≥ k samples.
-
-    Unbiased: 1 − C(N−c, k) / C(N, k) with c right ones (arXiv 2107.03374).
-    """
-    N = correct_QN.shape[1]
-    if not 1 <= k <= N:
-        raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples of a question, not {N}")
-    wrong_Q = N - correct_QN.sum(axis=1)
-    missed_Q = np.ones(len(correct_QN))
-    for i in range(k):  # the factors of the quotient of the binomials
-        missed_Q *= np.maximum(wrong_Q - i, 0) / (N - i)
-    return 1 - missed_Q
 
 
 # --- categorical ----------------------------------------------------------------------------------
@@ -173,53 +137,9 @@ def evaluate_generative(
     return ChatResult(task.name, task.kind, correct, baseline, shown, drawing)
 
 
-def _answer(
-    scheduler: Scheduler, tokenizer: Tokenizer, task: Task, drawing: Drawing, numbers: Sequence[int]
-) -> list[list[tuple[str, bool]]]:
-    """Of each question the samples, and whether they are right."""
-    conversations = [task[i] for i in numbers]
-    requests = [
-        _request(tokenizer, conversation, drawing, i)
-        for i, conversation in zip(numbers, conversations, strict=True)
-    ]
-    return [
-        [_judge(tokenizer, task, conversation, sample) for sample in samples]
-        for conversation, samples in zip(conversations, scheduler.generate(requests), strict=True)
-    ]
-
-
-def _request(
-    tokenizer: Tokenizer, conversation: Conversation, drawing: Drawing, number: int
-) -> Request:
-    sampling = Sampling(drawing.temperature, drawing.top_k, seed=drawing.seed + number)
-    return Request(
-        tokenizer.render_for_completion(conversation, MAX_PROMPT),
-        drawing.max_new_tokens,
-        sampling,
-        n=drawing.n_samples,
-        stop_ids=(tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id),
-        use_tools=True,
-    )
-
-
-def _judge(tokenizer, task: Task, conversation: Conversation, sample: Sample) -> tuple[str, bool]:
-    text = tokenizer.decode(sample.tokens)
-    return text, bool(task.evaluate(conversation, text))
-
-
 def _transcript(conversation: Conversation, answer: str, right: bool) -> dict[str, Any]:
     question = conversation["messages"][-2]["content"]
     return {"question": question, "answer": answer, "right": right}
-
-
-def capacity_for(tokenizer: Tokenizer, tasks: Sequence[Task], drawing: Drawing) -> int:
-    """The tokens that an engine's rows need to answer all questions of the tasks."""
-    lengths = (
-        len(tokenizer.render_for_completion(task[i], MAX_PROMPT))
-        for task in tasks
-        for i in range(len(task))
-    )
-    return max(lengths, default=0) + drawing.max_new_tokens
 
 
 # --- the report -----------------------------------------------------------------------------------

@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, resampled_means
-from nanochat_jax.evals.core_bundle import Bundle, CoreTask, Published
-from nanochat_jax.evals.core_prompts import Encoder, examples_for, find_scored, spans
+from nanochat_jax.evals.core_tasks import (
+    Bundle,
+    CoreTask,
+    Encoder,
+    Published,
+    examples_for,
+    find_scored,
+    spans,
+)
 from nanochat_jax.evals.scoring import Progress, Scorer
-from nanochat_jax.evals.scoring_rows import Score, Span
+from nanochat_jax.evals.scoring_batches import Score, Span
 from nanochat_jax.tokenizer import Tokenizer
 
 

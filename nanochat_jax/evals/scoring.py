@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.attention import causal_attention
-from nanochat_jax.evals.scoring_rows import Batch, Row, Score, Span, batches_of, fill, rows_of
+from nanochat_jax.evals.scoring_batches import Batch, Row, Score, Span, batches_of, fill, rows_of
 from nanochat_jax.gpt import (
     GPT,
     SOFTCAP,

@@ -1,0 +1,1 @@
+"""Other projects' names and formats for our weights."""

@@ -16,19 +16,37 @@ from starlette.types import Scope
 from nanochat_jax.engine.requests import Request as EngineRequest
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.serve import metrics
-from nanochat_jax.serve.access import ApiKeys, Gate, RateLimit, read_keys
-from nanochat_jax.serve.asking import chat_job, completion_jobs, model_not_found
-from nanochat_jax.serve.chat import chat_answer, chat_events
-from nanochat_jax.serve.completions import completion_answer, completion_events
 from nanochat_jax.serve.errors import ErrorBody, install_handlers, unavailable
-from nanochat_jax.serve.generation import Generation
-from nanochat_jax.serve.guards import LOCAL_HOSTS, BodyLimit, HostCheck
-from nanochat_jax.serve.limits import check_chat, check_completion, document_limits
-from nanochat_jax.serve.observe import Observe
-from nanochat_jax.serve.reply import EventStream, running
-from nanochat_jax.serve.schema import ChatRequest, CompletionRequest, Generate
+from nanochat_jax.serve.middleware import (
+    LOCAL_HOSTS,
+    ApiKeys,
+    BodyLimit,
+    Gate,
+    HostCheck,
+    Observe,
+    RateLimit,
+    read_keys,
+)
+from nanochat_jax.serve.openai import (
+    chat_answer,
+    chat_events,
+    chat_job,
+    completion_answer,
+    completion_events,
+    completion_jobs,
+    model_not_found,
+)
+from nanochat_jax.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Generate,
+    check_chat,
+    check_completion,
+    document_limits,
+)
 from nanochat_jax.serve.service import Service, Worker
 from nanochat_jax.serve.settings import ServeConfig
+from nanochat_jax.serve.stream import EventStream, Generation, running
 from nanochat_jax.tokenizer import Tokenizer
 
 STATIC = Path(__file__).parent / "static"

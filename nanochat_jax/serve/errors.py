@@ -10,8 +10,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from nanochat_jax.serve.schema import UNION_MEMBER, Unsupported
-
 # The names that clients know, by status; the rest are the request's fault or ours.
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -71,7 +69,7 @@ INTERNAL = ApiError(500, "something went wrong in the server; its log says what"
 
 
 def install_handlers(app: FastAPI) -> None:
-    """What a route or the framework refuses leaves in the same shape (observe.py has the rest)."""
+    """What a route or the framework refuses leaves in the same shape (see middleware.py)."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -132,3 +130,17 @@ def _path(where: Sequence[Any]) -> str:
         elif not part.startswith(UNION_MEMBER):
             path += f".{part}" if path else part
     return path
+
+
+UNION_MEMBER = "as "  # begins the names of the members of unions, which no user need see
+
+
+# --- what is not supported ------------------------------------------------------------------------
+
+
+class Unsupported(ValueError):
+    """A parameter that would change the answer and that nobody implements here."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not supported by this server; leave it out")
+        self.name = name

@@ -2,16 +2,18 @@
 
 Types are strict ("1" is no number), NaN and infinities are refused, and fields that we do not know
 are ignored, as OpenAI's own servers do. A parameter of OpenAI's that would change the answer but
-is not implemented is an error that names it. limits.py checks what the operator can set.
+is not implemented is an error that names it. schema.py checks what the operator can set.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from nanochat_jax.serve.errors import Unsupported, bad_request
+from nanochat_jax.serve.settings import ServeConfig
+
 INT64 = 1 << 63
-UNION_MEMBER = "as "  # begins the names of the members of unions, which no user need see
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -145,17 +147,6 @@ class CompletionRequest(Generate):
         return cast("list[str | list[int]]", [self.prompt] if is_one else self.prompt)
 
 
-# --- what is not supported ------------------------------------------------------------------------
-
-
-class Unsupported(ValueError):
-    """A parameter that would change the answer and that nobody implements here."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name} is not supported by this server; leave it out")
-        self.name = name
-
-
 def _equals(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value in values
 
@@ -179,3 +170,89 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "suffix": _equals(""),
     "best_of": _equals(1),
 }
+
+
+# --- The limits of a request that the operator sets, checked after its types and rang ---
+
+# Parameters, and the setting that is the highest value they may have.
+HIGHEST = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "temperature": "max_temperature",
+    "top_k": "max_top_k",
+    "n": "max_n",
+}
+
+
+class Amount(NamedTuple):
+    """So much of something, and how much there may be."""
+
+    param: str
+    value: float
+    most: float
+    unit: str = ""
+
+
+def check_chat(request: ChatRequest, config: ServeConfig) -> None:
+    """ApiError 400 that names the first parameter beyond its limit."""
+    lengths = [sum(map(len, _texts(message))) for message in request.messages]
+    # An answer may be longer than a question, and comes back with the next one.
+    asked = [i for i, message in enumerate(request.messages) if message.role != "assistant"]
+    _refuse(
+        Amount("messages", len(lengths), config.max_messages, " messages"),
+        *(
+            Amount(f"messages[{i}].content", lengths[i], config.max_message_chars, " characters")
+            for i in asked
+        ),
+        Amount("messages", sum(lengths), config.max_chars, " characters in all"),
+        *_highest(request, config),
+    )
+    _check_parts(request)
+    if request.top_logprobs and not request.logprobs:
+        raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+
+
+def check_completion(request: CompletionRequest, config: ServeConfig) -> None:
+    """The same for a completion; token ids count as characters."""
+    prompts = request.prompts
+    _refuse(
+        Amount("prompt", len(prompts), config.max_prompts, " prompts"),
+        Amount("prompt", sum(map(len, prompts)), config.max_chars, " characters in all"),
+        *_highest(request, config),
+    )
+
+
+def document_limits(openapi: dict[str, Any], config: ServeConfig) -> None:
+    """Writes the limits into an OpenAPI document."""
+    for model in (ChatRequest, CompletionRequest):
+        properties = openapi["components"]["schemas"][model.__name__]["properties"]
+        for param in HIGHEST.keys() & properties.keys():
+            number, _null = properties[param]["anyOf"]
+            number["maximum"] = getattr(config, HIGHEST[param])
+
+
+def _highest(request: Generate, config: ServeConfig) -> Iterator[Amount]:
+    for param, setting in HIGHEST.items():
+        value = getattr(request, param, None)
+        if value is not None:
+            yield Amount(param, value, getattr(config, setting))
+
+
+def _refuse(*amounts: Amount) -> None:
+    for param, value, most, unit in amounts:
+        if value > most:
+            # What was given is not repeated: it may be a number of a thousand digits.
+            raise bad_request(f"{param}: the most that is allowed here is {most:,}{unit}", param)
+
+
+def _texts(message: Message) -> list[str]:
+    content = message.content
+    return [content] if isinstance(content, str) else [part.text for part in content]
+
+
+def _check_parts(request: ChatRequest) -> None:
+    for index, message in enumerate(request.messages):
+        parts = [] if isinstance(message.content, str) else message.content
+        if message.role != "assistant" and any(part.type != "text" for part in parts):
+            param = f"messages[{index}].content"
+            raise bad_request(f"{param}: only the assistant's may have parts of Python", param)

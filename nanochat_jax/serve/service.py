@@ -6,16 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.serve.conversation import Stage, stage_of
 from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.settings import ServeConfig
+from nanochat_jax.serve.text import Stage, stage_of
 from nanochat_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from nanochat_jax.serve.generation import Generation
 
 type Phase = Literal["warming up", "ready", "stopped", "failed"]
 
@@ -73,7 +70,7 @@ class Service:
     worker: Worker
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
-    running: set["Generation"] = field(default_factory=set)
+    running: set[Callable[[], None]] = field(default_factory=set)  # what cancels each answer
     draining: bool = False
 
     @property
@@ -103,5 +100,5 @@ class Service:
         }
 
     def cancel_all(self) -> None:
-        for generation in list(self.running):
-            generation.cancel()
+        for cancel in list(self.running):
+            cancel()

@@ -15,13 +15,7 @@ from nanochat_jax.checkpoint import LoadedModel
 from nanochat_jax.engine.requests import Event, Finished, Request
 from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.serve.conversation import (
-    AnswerReader,
-    Piece,
-    chat_prompt,
-    stage_of,
-    stop_ids,
-)
+from nanochat_jax.serve.text import AnswerReader, Piece, chat_prompt, stage_of, stop_ids
 
 GREETING = {
     "chat": "{run}, step {step}. Ask something; /help lists commands, Ctrl-D leaves.",

@@ -2,12 +2,17 @@
 
 import random
 
-from nanochat_jax.tasks.answers import extract_answer, is_reference_number
 from nanochat_jax.tasks.arithmetic import draw_arithmetic
 from nanochat_jax.tasks.identity import NAME, draw_identity, says_its_name
 from nanochat_jax.tasks.spelling import draw_counting, draw_spelling
 from nanochat_jax.tasks.synthetic import Drawn, split_of
-from nanochat_jax.tasks.task import Conversation, is_reference, reference
+from nanochat_jax.tasks.task import (
+    Conversation,
+    extract_answer,
+    is_reference,
+    is_reference_number,
+    reference,
+)
 
 DRAWS = (draw_arithmetic, draw_identity, draw_counting, draw_spelling)
 

@@ -4,9 +4,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_jax.tasks.answers import is_reference_number
 from nanochat_jax.tasks.rows import Rows, blank_faults, strings
-from nanochat_jax.tasks.task import Conversation, Part, Task, check_index, exchange, python, text
+from nanochat_jax.tasks.task import (
+    Conversation,
+    Part,
+    Task,
+    check_index,
+    exchange,
+    is_reference_number,
+    python,
+    text,
+)
 
 _CALL = re.compile(r"<<([^>]+)>>")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_jax.sandbox import run
+from nanochat_jax.sandbox.run import run
 from nanochat_jax.tasks.rows import Rows, blank_faults, strings
 from nanochat_jax.tasks.task import Conversation, Task, check_index, exchange
 

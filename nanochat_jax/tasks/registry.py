@@ -14,19 +14,25 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from nanochat_jax.data.hub import Progress
-from nanochat_jax.tasks.answers import is_reference_number
+from nanochat_jax.data.download import Progress
 from nanochat_jax.tasks.arithmetic import draw_arithmetic
+from nanochat_jax.tasks.chats import CustomJSON, SmolTalk
 from nanochat_jax.tasks.choice import draw_choice
-from nanochat_jax.tasks.conversation_files import CustomJSON, SmolTalk
 from nanochat_jax.tasks.dialogue import draw_dialogue, is_last_answer
 from nanochat_jax.tasks.gsm8k import GSM8K
-from nanochat_jax.tasks.hub import HUB_TASKS, IDENTITY, WORD_LIST, Source, task_data_dir
 from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.identity import draw_identity, says_its_name
-from nanochat_jax.tasks.knowledge import ARC, MMLU
 from nanochat_jax.tasks.mixture import Slice
-from nanochat_jax.tasks.prefetch import fetch, lacking
+from nanochat_jax.tasks.multiple_choice import ARC, MMLU
+from nanochat_jax.tasks.sources import (
+    HUB_TASKS,
+    IDENTITY,
+    WORD_LIST,
+    Source,
+    fetch,
+    lacking,
+    task_data_dir,
+)
 from nanochat_jax.tasks.spelling import (
     SimpleSpelling,
     SpellingBee,
@@ -35,7 +41,7 @@ from nanochat_jax.tasks.spelling import (
     read_words,
 )
 from nanochat_jax.tasks.synthetic import SPLITS, Synthetic
-from nanochat_jax.tasks.task import Task, is_reference
+from nanochat_jax.tasks.task import Task, is_reference, is_reference_number
 
 type Named = tuple[str, str]  # a task and a split
 

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from nanochat_jax.tasks.answers import is_reference_number
 from nanochat_jax.tasks.synthetic import SPLITS, Drawn
 from nanochat_jax.tasks.task import (
     Conversation,
@@ -20,6 +19,7 @@ from nanochat_jax.tasks.task import (
     check_index,
     exchange,
     is_reference,
+    is_reference_number,
     python,
     text,
 )

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_tools import write_shard
 
-from nanochat_jax.data.loader import merge_states, train_loader, val_batches
+from nanochat_jax.data.loader import merge_states
 from nanochat_jax.data.packing import BestFitPacker, Document
 from nanochat_jax.data.shards import DocumentBlocks, Shards
-from nanochat_jax.data.streams import REFILL_DOCS, stream_text
+from nanochat_jax.data.text import REFILL_DOCS, stream_text, train_loader, val_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from random_model import random_model
 
-from nanochat_jax import hlo
 from nanochat_jax.engine.engine import engine_of
+from nanochat_jax.planner import hlo
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_infer.py"
 

@@ -13,7 +13,7 @@ from random_model import random_model
 from nanochat_jax.engine.cache import can_rewind, empty_cache, ring_sizes
 from nanochat_jax.engine.decode import decode_weights, extend_cache
 from nanochat_jax.gpt import GPT, GPTConfig
-from nanochat_jax.interop.torch_names import params_from_torch
+from nanochat_jax.interop.names import params_from_torch
 
 CHUNKS = (1, 2, 7, 40)  # few shapes to compile
 LENGTH = 170  # tokens of a row: beyond the short window, which is 128, and the ring of the long one

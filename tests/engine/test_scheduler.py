@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from random_model import random_model
 
 from nanochat_jax.engine.engine import Engine, make_engine
-from nanochat_jax.engine.naive import generate
 from nanochat_jax.engine.requests import Finished, Full, Request, Token
 from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.engine.reference import generate
 
 GREEDY = Sampling(temperature=0)
 MODEL = random_model(sequence_len=192)

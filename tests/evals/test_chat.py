@@ -15,19 +15,17 @@ from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.chat import (
     CHAT_CORE,
     ChatResult,
-    Drawing,
-    capacity_for,
     chat_json,
     chat_table,
     evaluate_categorical,
     evaluate_generative,
     letter_spans,
-    pass_at_k,
     powers,
 )
+from nanochat_jax.evals.generation import Drawing, capacity_for, pass_at_k
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
-from nanochat_jax.interop.torch_names import params_from_torch
+from nanochat_jax.interop.names import params_from_torch
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tasks.task import Task, exchange, is_reference
 from nanochat_jax.tokenizer import Tokenizer

@@ -18,18 +18,20 @@ from nanochat_jax.evals.core import (
     evaluate_core,
     is_correct,
 )
-from nanochat_jax.evals.core_bundle import Bundle, CoreTask, read_bundle
-from nanochat_jax.evals.core_prompts import (
+from nanochat_jax.evals.core_tasks import (
+    Bundle,
+    CoreTask,
     Encoder,
     examples_for,
     find_scored,
     prompts,
+    read_bundle,
     spans,
 )
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.evals.scoring_rows import Score
+from nanochat_jax.evals.scoring_batches import Score
 from nanochat_jax.gpt import GPT, GPTConfig, init_params
-from nanochat_jax.interop.torch_names import params_from_torch
+from nanochat_jax.interop.names import params_from_torch
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from nanochat_jax.checkpoint import LoadedModel
-from nanochat_jax.engine.naive import generate
+from nanochat_jax.evals.lm_eval import Harness
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
-from nanochat_jax.interop.lm_eval import Harness
 from nanochat_jax.tokenizer import Tokenizer
+from tests.engine.reference import generate
 
 LENGTH = 48
 TEXTS = ["the bread is in the house", "a house of stone and the bread of the day", "one two one"]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.evals.reading import read
+from nanochat_jax.evals.bits_per_byte import read
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
 from nanochat_jax.tokenizer import Tokenizer
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.evals.scoring_rows import MAX_TAIL, Span, batches_of, bucket, rows_of, shapes_of
+from nanochat_jax.evals.scoring_batches import (
+    MAX_TAIL,
+    Span,
+    batches_of,
+    bucket,
+    rows_of,
+    shapes_of,
+)
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
 from nanochat_jax.sharding import from_logical, make_mesh
 

@@ -5,12 +5,12 @@ import subprocess
 import pytest
 from walls import WALLS
 
-from nanochat_jax import sandbox
+from nanochat_jax.sandbox import run
 
 
 @pytest.fixture(params=WALLS, ids=[walls.way for walls in WALLS])
 def walls(request):
-    refusal = sandbox._try(request.param.way)
+    refusal = run._try(request.param.way)
     if refusal is not None:
         pytest.skip(f"{request.param}: {refusal}")
     return request.param
@@ -26,5 +26,5 @@ def recorded(monkeypatch):
             super().__init__(*args, **options)
             started.append(self.pid)
 
-    monkeypatch.setattr(sandbox.subprocess, "Popen", Recorded)
+    monkeypatch.setattr(run.subprocess, "Popen", Recorded)
     return started

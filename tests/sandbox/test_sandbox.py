@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from walls import ROOT, check, isolated, leftovers, within
 
-from nanochat_jax import sandbox
-from nanochat_jax.sandbox import Isolation, Result, isolation, run
+from nanochat_jax.sandbox.run import Isolation, Result, isolation, run
 
 # --- programs as they should be -------------------------------------------------------------------
 
@@ -321,7 +320,7 @@ def test_nothing_is_left_behind(walls, recorded):
 
 def test_a_killed_parent_takes_everything_with_it():
     isolated()
-    program = "from nanochat_jax.sandbox import run; run('while True: pass', timeout_s=60)"
+    program = "from nanochat_jax.sandbox.run import run; run('while True: pass', timeout_s=60)"
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     wait_until(lambda: len(leftovers(list(map(int, children.read_text().split())))) >= 2)
@@ -353,7 +352,7 @@ def test_a_parent_that_ignores_its_children_gets_results():
     isolated()
     program = """
 import signal
-from nanochat_jax.sandbox import Result, run
+from nanochat_jax.sandbox.run import Result, run
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 assert run("") == Result(True, "finished", "")
 """
@@ -366,10 +365,10 @@ assert run("") == Result(True, "finished", "")
 @pytest.fixture
 def bare(monkeypatch):
     """A machine whose kernel offers nothing."""
-    monkeypatch.setattr(sandbox, "WAYS", ())
-    sandbox._found.cache_clear()
+    monkeypatch.setattr(run, "WAYS", ())
+    run._found.cache_clear()
     yield
-    sandbox._found.cache_clear()
+    run._found.cache_clear()
 
 
 def test_without_walls_it_refuses(bare):
@@ -379,7 +378,7 @@ def test_without_walls_it_refuses(bare):
 
 
 def test_without_walls_it_goes_on_when_told_to(bare, recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(run.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_TOKEN", "hunter2")
     program = "import os\nopen('file', 'w').write('x')\nprint(os.listdir(), os.environ)"
     result = run(program, allow_unsandboxed=True)
@@ -395,7 +394,7 @@ def test_without_walls_it_goes_on_when_told_to(bare, recorded, tmp_path, monkeyp
 def test_a_stopped_parent_leaves_no_folder(tmp_path):
     program = f"""
 import tempfile
-from nanochat_jax.sandbox import Isolation, _run
+from nanochat_jax.sandbox.run import Isolation, _run
 tempfile.tempdir = {str(tmp_path)!r}
 _run(Isolation("none", seccomp=False), "open('file', 'w').close()\\nwhile True: pass", 60, 256)
 """
@@ -426,7 +425,7 @@ print(open("/proc/self/stat").read().split()[5])
 
 def is_sleeper(stat: Path) -> bool:
     try:
-        return b"sandbox_child" in (stat.parent / "cmdline").read_bytes() and (
+        return b"sandbox/child.py" in (stat.parent / "cmdline").read_bytes() and (
             int(stat.read_text().rpartition(")")[2].split()[1]) == 1  # orphaned
         )
     except (FileNotFoundError, ProcessLookupError):

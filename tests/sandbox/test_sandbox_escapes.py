@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from walls import ROOT, check, leftovers, within
 
-from nanochat_jax import sandbox
+from nanochat_jax.sandbox import run
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -295,10 +295,10 @@ def test_much_output_is_cut(walls):
     result = within(walls, "while True: print('x' * 1000)", seconds=30)
     assert not result.finished
     assert "printed more than" in result.reason
-    assert len(result.output) == sandbox.KEPT_OUTPUT
+    assert len(result.output) == run.KEPT_OUTPUT
     assert time.monotonic() - began < 20
     result = check(walls, "print('y' * 200_000)\nimport sys; sys.stderr.write('z')")
-    assert len(result.output) == sandbox.KEPT_OUTPUT
+    assert len(result.output) == run.KEPT_OUTPUT
     assert (
         check(walls, r"import sys; sys.stdout.buffer.write(b'\xff\x00ok')").output == "\ufffd\0ok"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from walls import ROOT
 
-from nanochat_jax import sandbox_seccomp
+from nanochat_jax.sandbox import seccomp
 
 # --- the filter -----------------------------------------------------------------------------------
 
@@ -21,7 +21,7 @@ def verdict(machine: str, number: int, *arguments: int, may_write: bool = True) 
     """Runs the filter as the kernel would."""
     architecture = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
     data = struct.pack("<iIQ6Q", number, architecture, 0, *(*arguments, *[0] * 6)[:6])
-    code = sandbox_seccomp.build(ME, INTERPRETER, may_write, machine)
+    code = seccomp.build(ME, INTERPRETER, may_write, machine)
     accumulator = position = 0
     while True:
         operation, if_true, if_false, value = struct.unpack("HBBI", code[position])
@@ -99,9 +99,9 @@ def test_the_kernel_obeys_the_filter():
     }
     program = f"""
 import ctypes, os
-from nanochat_jax import sandbox_seccomp
+from nanochat_jax.sandbox import seccomp
 libc = ctypes.CDLL(None, use_errno=True)
-sandbox_seccomp.install(os.getpid(), interpreter=64, may_write=False)
+seccomp.install(os.getpid(), interpreter=64, may_write=False)
 for name, number in {numbers!r}.items():
     assert libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1, name
 """

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import sandbox
-from nanochat_jax.sandbox import Isolation, Result, isolation
+from nanochat_jax.sandbox import run
+from nanochat_jax.sandbox.run import Isolation, Result, isolation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WALLS = [Isolation(way) for way in sandbox.WAYS]
+WALLS = [Isolation(way) for way in run.WAYS]
 
 
 def within(walls: Isolation, program: str, seconds: float = 10, memory_mib: int = 256) -> Result:
-    return sandbox._run(walls, program, seconds, memory_mib)
+    return run._run(walls, program, seconds, memory_mib)
 
 
 def check(walls: Isolation, program: str, **options) -> Result:

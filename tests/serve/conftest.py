@@ -16,8 +16,7 @@ import scripted
 from fastapi import FastAPI
 
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.engine.load import make_scheduler
-from nanochat_jax.engine.scheduler import Scheduler
+from nanochat_jax.engine.scheduler import Scheduler, make_scheduler
 from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.server import Server, bind, url_of
 from nanochat_jax.serve.settings import ServeConfig
@@ -94,13 +93,15 @@ def loaded(run_folder):
 @pytest.fixture(scope="session")
 def chat_server(loaded) -> Iterator[Running]:
     """A server with the usual settings, shared by all tests that change nothing."""
-    with running_server(make_scheduler(loaded, **ENGINE), loaded.meta) as server:
+    with running_server(
+        make_scheduler(loaded.model, loaded.params, loaded.tokenizer, **ENGINE), loaded.meta
+    ) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def spare_scheduler(loaded) -> Scheduler:
-    return make_scheduler(loaded, **ENGINE, max_queue=2)
+    return make_scheduler(loaded.model, loaded.params, loaded.tokenizer, **ENGINE, max_queue=2)
 
 
 @pytest.fixture

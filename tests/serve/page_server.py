@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from fastapi import FastAPI
 
-from nanochat_jax.checkpoint import TOKENIZER_FOLDER, Checkpoints, model_meta
+from nanochat_jax.checkpoint import Checkpoints, model_meta
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.gpt import GPTConfig, parameter_table
+from nanochat_jax.runs import TOKENIZER_FOLDER
 from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.server import Server, bind, url_of
 from nanochat_jax.serve.settings import ServeConfig

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.checkpoint import TOKENIZER_FOLDER, Checkpoints, model_meta
+from nanochat_jax.checkpoint import Checkpoints, model_meta
 from nanochat_jax.gpt import GPTConfig, parameter_table
+from nanochat_jax.runs import TOKENIZER_FOLDER
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 from conftest import says
 
-from nanochat_jax.serve.access import KEYS_VARIABLE, RateLimit, read_keys
+from nanochat_jax.serve.middleware import KEYS_VARIABLE, RateLimit, read_keys
 from nanochat_jax.serve.settings import ServeConfig
 
 KEY = "nc-schlüssel-1"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.tasks.hub import HUB_TASKS
+from nanochat_jax.tasks.sources import HUB_TASKS
 
 
 @pytest.fixture(autouse=True)

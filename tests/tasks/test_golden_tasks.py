@@ -2,12 +2,11 @@
 
 import pytest
 
-from nanochat_jax.tasks.answers import extract_answer
 from nanochat_jax.tasks.humaneval import extract_imports, extract_program
 from nanochat_jax.tasks.mixture import Mixture, Slice, TaskSequence
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tasks.spelling import SimpleSpelling, SpellingBee
-from nanochat_jax.tasks.task import multiple_choice
+from nanochat_jax.tasks.task import extract_answer, multiple_choice
 
 pytestmark = pytest.mark.golden
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.tasks.hub import HUB_TASKS
 from nanochat_jax.tasks.mixture import Mixture, Slice
 from nanochat_jax.tasks.registry import make_task
+from nanochat_jax.tasks.sources import HUB_TASKS
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 

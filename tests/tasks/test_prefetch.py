@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from task_hub import TaskHub
 
-from nanochat_jax.data import hub as downloads
-from nanochat_jax.tasks import hub as sources
-from nanochat_jax.tasks.prefetch import check, fetch, lacking, read_manifest
+from nanochat_jax.data import download as downloads
+from nanochat_jax.tasks import sources
 from nanochat_jax.tasks.registry import make_task, missing, prepare, source_of
+from nanochat_jax.tasks.sources import check, fetch, lacking, read_manifest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prefetch.py"
 GSM = ("gsm8k", "train")

@@ -1,0 +1,396 @@
+"""What a report says, before it is a page: sections of a few kinds of blocks, for one run or more.
+
+page.py makes Markdown and HTML of them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.report import facts
+from nanochat_jax.report.chain import BPB, TALK_BPB, Score, Stage, Totals, scores, summary, totals
+from nanochat_jax.report.plots import Plot, plots
+
+TRANSCRIPTS = "transcripts.jsonl"
+SHOWN_SAMPLES = 4
+NOTHING = "–"
+
+Chain = Sequence[Stage]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: its text, a smaller note behind it, and whether it is the best."""
+
+    text: str
+    note: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    numbers: bool = True  # all columns but the first are aligned to the right
+
+
+@dataclass(frozen=True)
+class Cards:
+    """A few numbers worth a large font: (name, value, note)."""
+
+    cards: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Plots:
+    plots: Sequence[Plot]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """(label, prompt, continuation)"""
+
+    samples: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text as it stands in a file."""
+
+    name: str
+    text: str
+
+
+Block = Table | Cards | Plots | Samples | Source
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Block]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Content:
+    title: str
+    subtitle: str
+    sections: list[Section] = field(default_factory=list)
+
+
+def build(chains: Sequence[Chain], usd_per_gpu_hour: float) -> Content:
+    """The report of one model, or of several beside one another; ValueError for the same twice."""
+    names = _names(chains)
+    if len({stage.folder for stage in _telling(chains)}) < len(chains):
+        raise ValueError(
+            f"some of the runs to compare are of the same model ({', '.join(names)}): name others; "
+            "the report of a single run has all stages of its model"
+        )
+    costs = [totals(chain, usd_per_gpu_hour) for chain in chains]
+    one = len(chains) == 1
+    found = _one(chains[0], costs[0]) if one else _several(chains, costs)
+    sections = [section for section in found if section.blocks]
+    return Content(" · ".join(names) if one else " and ".join(names), _subtitle(chains), sections)
+
+
+def _telling(chains: Sequence[Chain]) -> list[Stage]:
+    """Of each model the stage that tells it from the others: its base, or its last stage."""
+    bases = [chain[0] for chain in chains]
+    differ = len({stage.folder for stage in bases}) == len(chains)
+    return bases if differ else [chain[-1] for chain in chains]
+
+
+def _names(chains: Sequence[Chain]) -> list[str]:
+    return [stage.name for stage in _telling(chains)]
+
+
+def _subtitle(chains: Sequence[Chain]) -> str:
+    if len(chains) > 1:
+        return "Runs beside one another."
+    return "From " + " to ".join(dict.fromkeys(stage.title for stage in chains[0])) + "."
+
+
+def _one(chain: Chain, cost: Totals) -> Iterator[Section]:
+    yield Section("", [Cards(list(_cards(chain, cost)))])
+    yield Section("Summary", [_summary_table(chain)])
+    yield Section("Curves", _plots([chain]))
+    yield Section("Stages", [_stage_table(chain)])
+    yield Section("In its own words", _samples(chain))
+    yield Section("CORE, task by task", _core_tables(chain), folded=True)
+    yield Section("What the stages recorded", list(_recorded(chain)), folded=True)
+    yield Section("Cost", [_cost_table(cost)])
+    yield Section("Code and machine", [_facts_table(chain)])
+    yield Section("Data", _data(chain), folded=True)
+    yield Section("Configuration", _configurations(chain), folded=True)
+
+
+def _several(chains: Sequence[Chain], costs: Sequence[Totals]) -> Iterator[Section]:
+    yield Section("Results", [_comparison(chains)])
+    yield Section("Curves", _plots(chains))
+    yield Section("What they took", [_costs(chains, costs)])
+    yield Section("Settings that differ", _differences(chains))
+    yield Section("Code and machine", [_facts_table(chains[0])])
+    yield Section("Configuration", [b for c in chains for b in _configurations(c)], folded=True)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def _cards(chain: Chain, cost: Totals) -> Iterator[tuple[str, str, str]]:
+    found = [scores(stage) for stage in chain]
+    for name, note in (
+        (BPB, "bits per byte of unseen text"),
+        ("CORE", "22 tasks; GPT-2: 0.2565"),
+        ("ChatCORE", "chat tasks above guessing"),
+    ):
+        values = [column[name].value for column in found if name in column]
+        if values:
+            value = values[0] if name == BPB else values[-1]
+            yield name, f"{value:.4f}", note
+    plan = chain[0].meta.get("plan", {})
+    if "params" in plan:
+        yield "Parameters", big(plan["params"]["total"]), f"depth {plan.get('depth', '?')}"
+    if cost.tokens:
+        yield "Tokens", big(cost.tokens), f"{big(cost.flops)}FLOPs"
+    yield "Time", duration(cost.seconds), f"on {cost.devices} × {cost.device}"
+    if cost.usd is not None:
+        yield "Price", f"${cost.usd:,.2f}", "of these devices for that time"
+    if cost.kwh is not None:
+        yield "Energy", f"{cost.kwh:.2f} kWh", "as the GPUs tell"
+
+
+def _summary_table(chain: Chain) -> Table:
+    heads, rows = summary(chain)
+    return Table(["Metric", *heads], [[Cell(name), *map(_score, row)] for name, row in rows])
+
+
+def _score(score: Score | None, best: bool = False) -> Cell:
+    if score is None:
+        return Cell(NOTHING)
+    note = f"{score.interval[0]:.3f} to {score.interval[1]:.3f}" if score.interval else ""
+    return Cell(f"{score.value:.4f}", note, best)
+
+
+def _comparison(chains: Sequence[Chain]) -> Table:
+    """A column per run, a row per stage and metric, the best in bold."""
+    found: dict[tuple[str, str], dict[int, Score]] = {}
+    for index, chain in enumerate(chains):
+        heads, rows = summary(chain)
+        for place, title in enumerate(heads):
+            for name, row in rows:
+                if (score := row[place]) is not None:
+                    found.setdefault((title, name), {})[index] = score
+    stages = list(dict.fromkeys(title for title, _ in found))
+    ordered = sorted(found.items(), key=lambda item: stages.index(item[0][0]))
+    table = [
+        [Cell(name, title), *_ranked(name, [of_run.get(i) for i in range(len(chains))])]
+        for (title, name), of_run in ordered
+    ]
+    return Table(["Metric", *_names(chains)], table)
+
+
+def _ranked(name: str, row: Sequence[Score | None]) -> list[Cell]:
+    values = [score.value for score in row if score]
+    best = min(values) if name in (BPB, TALK_BPB) else max(values)
+    differ = len(set(values)) > 1
+    return [_score(score, differ and score is not None and score.value == best) for score in row]
+
+
+def _core_tables(chain: Chain) -> list[Block]:
+    tables: list[Block] = []
+    for stage in chain:
+        tasks = stage.find("core_tasks")
+        if tasks:
+            rows = [
+                [Cell(name), _task(task), Cell(f"{task['centred']:.4f}")]
+                for name, task in tasks.items()
+            ]
+            tables.append(Table([f"Task ({stage.title})", "Accuracy", "Centred"], rows))
+    return tables
+
+
+def _task(task: dict[str, Any]) -> Cell:
+    interval = task.get("accuracy_interval")
+    return _score(Score(task["accuracy"], tuple(interval) if interval else None))
+
+
+def _plots(chains: Sequence[Chain]) -> list[Block]:
+    drawn = plots(chains)
+    return [Plots(drawn)] if drawn else []
+
+
+# --- how it went ----------------------------------------------------------------------------------
+
+
+def _stage_table(chain: Chain) -> Table:
+    rows = []
+    for stage in chain:
+        speed = stage.series("train", "tokens_per_s")[1][1:]
+        mfu = stage.series("train", "mfu")[1][1:]
+        rows.append(
+            [
+                Cell(stage.title, stage.name),
+                Cell(f"{stage.meta.get('step', len(stage.series('train', 'loss')[0])):,}"),
+                Cell(big(stage.meta.get("plan", {}).get("total_tokens"))),
+                Cell(duration(stage.seconds)),
+                Cell(big(sum(speed) / len(speed)) if speed else NOTHING),
+                Cell(f"{100 * sum(mfu) / len(mfu):.1f} %" if mfu else NOTHING),
+            ]
+        )
+    return Table(["Stage", "Steps", "Tokens", "Time", "Tokens/s", "MFU"], rows)
+
+
+def _samples(chain: Chain) -> list[Block]:
+    found = [sample for stage in chain for sample in _samples_of(stage)]
+    return [Samples(found)] if found else []
+
+
+def _samples_of(stage: Stage) -> list[tuple[str, str, str]]:
+    texts = stage.find("samples")
+    if not texts:
+        shown = [record["texts"] for record in stage.metrics if record["kind"] == "sample"]
+        texts = shown[-1] if shown else []
+    pairs = [(pair[0], pair[1]) for pair in texts if len(pair) == 2]
+    pairs += [(line["prompt"], line["completion"]) for line in _transcripts(stage.folder)]
+    return [(stage.title, prompt, text) for prompt, text in pairs[:SHOWN_SAMPLES]]
+
+
+def _transcripts(folder: Path) -> list[dict[str, Any]]:
+    """The last answers of reinforcement learning, the best first."""
+    try:
+        lines = (folder / TRANSCRIPTS).read_text(encoding="utf-8").splitlines()[-SHOWN_SAMPLES:]
+        return [line for line in map(json.loads, lines) if {"prompt", "completion"} <= line.keys()]
+    except (OSError, ValueError):
+        return []
+
+
+def _recorded(chain: Chain) -> Iterator[Block]:
+    for stage in chain:
+        for name, values in stage.sections.items():
+            plain = {k: v for k, v in values.items() if isinstance(v, int | float | str | bool)}
+            if plain:
+                rows = [[Cell(key), Cell(plainly(value))] for key, value in plain.items()]
+                yield Table([f"{name} ({stage.title})", ""], rows)
+
+
+# --- what it took ---------------------------------------------------------------------------------
+
+
+def _cost_lines(cost: Totals) -> list[tuple[str, str]]:
+    return [
+        ("Time", duration(cost.seconds)),
+        ("Devices", f"{cost.devices} × {cost.device}"),
+        ("Price", f"${cost.usd:,.2f}" if cost.usd is not None else NOTHING),
+        ("Energy", f"{cost.kwh:.3f} kWh" if cost.kwh is not None else NOTHING),
+        ("Tokens", big(cost.tokens) if cost.tokens else NOTHING),
+        ("FLOPs", f"{cost.flops:.3e}" if cost.flops else NOTHING),
+    ]
+
+
+def _cost_table(cost: Totals) -> Table:
+    return Table(["Total", ""], [[Cell(name), Cell(value)] for name, value in _cost_lines(cost)])
+
+
+def _costs(chains: Sequence[Chain], costs: Sequence[Totals]) -> Table:
+    lines = [_cost_lines(cost) for cost in costs]
+    rows = [
+        [Cell(column[0][0]), *(Cell(value) for _, value in column)]
+        for column in zip(*lines, strict=True)
+    ]
+    sizes = [chain[0].meta.get("plan", {}).get("params", {}).get("total") for chain in chains]
+    commits = [chain[0].meta.get("provenance", {}).get("commit") or NOTHING for chain in chains]
+    rows.insert(0, [Cell("Parameters"), *(Cell(big(size)) for size in sizes)])
+    rows.append([Cell("Commit"), *(Cell(commit[:12]) for commit in commits)])
+    return Table(["", *_names(chains)], rows)
+
+
+def _differences(chains: Sequence[Chain]) -> list[Block]:
+    settings = [stage.meta.get("config", {}) for stage in _telling(chains)]
+    keys = dict.fromkeys(key for config in settings for key in config)
+    rows = [
+        [Cell(key), *(Cell(plainly(config.get(key))) for config in settings)]
+        for key in keys
+        if key not in ("resume", "overwrite")
+        and len({json.dumps(config.get(key)) for config in settings}) > 1
+    ]
+    return [Table(["Setting", *_names(chains)], rows)] if rows else []
+
+
+# --- where it comes from --------------------------------------------------------------------------
+
+
+def _facts_table(chain: Chain) -> Table:
+    size, packages, here = (
+        facts.code_size(),
+        facts.dependencies(),
+        facts.machine(),
+    )
+    made_by = chain[0].meta.get("provenance", {})
+    versions = made_by.get("packages", {})
+    lines = {
+        "Code": f"{size['files']} files, {size['lines']:,} lines, {big(size['characters'])} "
+        f"characters, about {big(size['tokens'])} tokens (tests not counted)",
+        "Dependencies": f"{packages['direct']} direct, {packages['locked']} with all they need"
+        if {"direct", "locked"} <= packages.keys()
+        else NOTHING,
+        "Commit": made_by.get("commit") or NOTHING,
+        "Trained on": f"{made_by.get('n_devices', '?')} × {made_by.get('device', 'unknown')}, "
+        f"{made_by.get('n_processes', '?')} process(es)",
+        "Versions": ", ".join(f"{n} {v}" for n, v in versions.items() if v) or NOTHING,
+        "This machine": f"{here['processor']}, {here['cores']} cores, {here['memory']}, "
+        f"{here['system']}, Python {here['python']}",
+    }
+    rows = [[Cell(name), Cell(value)] for name, value in lines.items()]
+    return Table(["", ""], rows, numbers=False)
+
+
+def _data(chain: Chain) -> list[Block]:
+    """What decides which data a stage saw, as its checkpoints have it."""
+    found: list[Block] = []
+    for stage in chain:
+        identity = stage.meta.get("identity", {})
+        shown = {key: identity[key] for key in ("data", "task", "tokenizer") if key in identity}
+        if shown:
+            name = f"{stage.title}: {stage.meta.get('config', {}).get('dataset', stage.name)}"
+            found.append(Source(name, json.dumps(shown, indent=1, ensure_ascii=False)))
+    return found
+
+
+def _configurations(chain: Chain) -> list[Block]:
+    found: list[Block] = []
+    for stage in chain:
+        path = stage.folder / "config.toml"
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace").strip()
+            found.append(Source(f"{stage.title}: {stage.name}", text))
+    return found
+
+
+# --- numbers as texts -----------------------------------------------------------------------------
+
+
+def big(value: float | None) -> str:
+    """Three digits and a letter: 7.34 M, 901 k, 2.44e13 is 24.4 T."""
+    if value is None:
+        return NOTHING
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    if seconds <= 0:
+        return NOTHING
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 1:
+        return f"{int(hours)} h {int(minutes % 60):02d} min"
+    return f"{int(minutes)} min {int(seconds % 60):02d} s" if minutes >= 1 else f"{seconds:.1f} s"
+
+
+def plainly(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

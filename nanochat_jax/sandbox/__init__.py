@@ -1,0 +1,5 @@
+"""Runs programs that a model wrote, where they can do no harm.
+
+The door is run.run (scripts and tasks call it). run.py starts child.py, which sets up the isolation
+with kernel.py and seccomp.py and then becomes an interpreter that reads program.py.
+"""

@@ -1,0 +1,238 @@
+"""Reinforcement learning as pure functions: samples with rewards -> rows -> a policy-gradient loss.
+
+The original's recipe is REINFORCE with the mean reward of a question's samples as the baseline
+(GRPO, arXiv 2402.03300, without its ratio, clipping, KL and division by the standard deviation).
+`Objective` holds the choices in which the field's variants differ:
+
+    recipe                  Objective()
+    GRPO                    advantage="std", normalisation="sequence", clip=0.2, kl=0.04
+    Dr. GRPO (2503.20783)   normalisation="constant", clip=0.2
+    DAPO (2503.14476)       advantage="std", normalisation="token", clip=0.2, clip_high=0.28
+
+Prompts, forced calculator answers and padding are not trained on, nor is the token that ends a
+sample.
+
+Shapes: A micro-batches, B rows, R rows of a step, T time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from nanochat_jax.gpt import GPT, Params, init_params
+from nanochat_jax.sharding import AXIS, BATCH_SPEC, REPLICATED, specs
+from nanochat_jax.stages.settings import Advantage, Objective
+from nanochat_jax.train import gather_weights
+
+STD_EPSILON = 1e-6  # of "std": a question whose samples are all alike has advantages of 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sample of one question. `logprobs` are the sampler's; those of forced tokens are nan."""
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    forced: Sequence[bool]
+    logprobs: Sequence[float]
+    reward: float
+    reason: str  # why it ended: stop or length
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A step's samples side by side, padded to one width (NumPy arrays)."""
+
+    inputs_RT: np.ndarray  # int32
+    targets_RT: np.ndarray  # int32, −1 where not trained on
+    logprobs_RT: np.ndarray  # float32: the sampler's, of each target trained on; else 0
+
+
+def make_rows(rollouts: Sequence[Rollout], pad_id: int, widths: Sequence[int] = (1,)) -> Rows:
+    """Rows of T inputs: T is the first of `widths` that holds the longest sample, or a multiple of
+    the last. Few widths mean few compiled programs, many mean little padding."""
+    longest = max(len(r.prompt) + len(r.tokens) for r in rollouts) - 1
+    unit = next((width for width in widths if width >= longest), widths[-1])
+    T = -(-longest // unit) * unit
+    ids = np.full((len(rollouts), T + 1), pad_id, np.int32)
+    is_trained = np.zeros((len(rollouts), T + 1), bool)
+    logprobs = np.zeros((len(rollouts), T + 1), np.float32)
+    for row, rollout in enumerate(rollouts):
+        start, end = len(rollout.prompt), len(rollout.prompt) + len(rollout.tokens)
+        ids[row, :start], ids[row, start:end] = rollout.prompt, rollout.tokens
+        is_trained[row, start:end] = ~np.asarray(rollout.forced, bool)
+        logprobs[row, start:end] = rollout.logprobs
+    return Rows(
+        ids[:, :-1],
+        np.where(is_trained, ids, -1)[:, 1:],
+        np.where(is_trained, logprobs, 0)[:, 1:],
+    )
+
+
+# --- advantages and weights -----------------------------------------------------------------------
+
+
+def advantages(rewards_QN: np.ndarray, kind: Advantage = "mean") -> np.ndarray:
+    """How much better each of N samples is than the others of its question; (Q, N) float32."""
+    rewards = np.asarray(rewards_QN, np.float64)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if kind == "std":
+        ddof = min(1, rewards.shape[1] - 1)
+        centred /= rewards.std(axis=1, ddof=ddof, keepdims=True) + STD_EPSILON
+    return centred.astype(np.float32)
+
+
+def row_weights(lengths_QN: np.ndarray, objective: Objective) -> np.ndarray:
+    """What each trained token of a sample counts, (Q, N) float32, from the numbers of such tokens.
+
+    pass      1 / (tokens of the pass · passes · questions); the passes are a question's samples in
+              runs of `samples_per_pass`, as the original divided them for its memory's sake
+    sequence  1 / (tokens of the sample · samples): every sample counts the same
+    token     1 / tokens of the step: every token counts the same
+    constant  1 / (max_new_tokens · samples): a sample's sum does not depend on its length
+    """
+    lengths = np.asarray(lengths_QN, np.float64)
+    Q, N = lengths.shape
+    match objective.normalisation:
+        case "sequence":
+            weights = 1 / (np.maximum(lengths, 1) * Q * N)
+        case "token":
+            weights = np.full((Q, N), 1 / max(lengths.sum(), 1))
+        case "constant":
+            weights = np.full((Q, N), 1 / (objective.max_new_tokens * Q * N))
+        case "pass":
+            starts = np.arange(0, N, objective.samples_per_pass)
+            totals = np.maximum(np.add.reduceat(lengths, starts, axis=1), 1)
+            sizes = np.diff([*starts, N])
+            weights = 1 / (np.repeat(totals, sizes, axis=1) * len(starts) * Q)
+    return weights.astype(np.float32)
+
+
+# --- the batch and its loss -----------------------------------------------------------------------
+
+
+class RolloutBatch(NamedTuple):
+    """What the training step is given; A micro-batches of B rows."""
+
+    inputs_ABT: Any
+    targets_ABT: Any
+    advantages_AB: Any
+    weights_AB: Any
+    rollout_logprobs_ABT: Any  # of the policy that drew the samples
+    reference_logprobs_ABT: Any = None  # of the policy to stay close to; None without KL
+
+
+def make_batch(rows: Rows, rewards_QN: np.ndarray, objective: Objective, at_once: int):
+    """A RolloutBatch of NumPy arrays; `at_once` rows make a micro-batch, empty ones fill it up."""
+    lengths_QN = (rows.targets_RT >= 0).sum(axis=1).reshape(np.shape(rewards_QN))
+
+    def micro(array: np.ndarray, fill: float) -> np.ndarray:
+        missing = -len(array) % at_once
+        widths = [(0, missing), *[(0, 0)] * (array.ndim - 1)]
+        filled = np.pad(array, widths, constant_values=fill)
+        return filled.reshape(-1, at_once, *array.shape[1:])
+
+    return RolloutBatch(
+        micro(rows.inputs_RT, rows.inputs_RT[0, 0]),
+        micro(rows.targets_RT, -1),
+        micro(advantages(rewards_QN, objective.advantage).reshape(-1), 0),
+        micro(row_weights(lengths_QN, objective).reshape(-1), 0),
+        micro(rows.logprobs_RT, 0),
+    )
+
+
+def put_rollouts[T](batch: T, mesh: Mesh) -> T:
+    """A batch, or an array of one, which every process has, on the mesh: rows cut over devices."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+    return jax.tree.map(put, batch)
+
+
+def policy_loss(
+    objective: Objective, model, weights: Params, micro: RolloutBatch, supervised: jax.Array
+) -> jax.Array:
+    """A train.Loss: the negative of what is maximised, summed over this micro-batch.
+
+    Without a ratio it is −Σ weight · advantage · log p; its value means nothing, its gradient does.
+    The KL is estimated by e^d − d − 1 with d = log p_ref − log p ("k3",
+    joschu.net/blog/kl-approx.html).
+    """
+    del supervised  # the weights divide
+    targets = micro.targets_ABT
+    logprobs = -model.apply({"params": weights}, micro.inputs_ABT, targets, method="losses")
+    gain = surrogate(logprobs, micro.rollout_logprobs_ABT, micro.advantages_AB[:, None], objective)
+    if objective.kl > 0:
+        distance = micro.reference_logprobs_ABT - logprobs
+        gain -= objective.kl * (jnp.exp(distance) - distance - 1)
+    return -jnp.sum(jnp.where(targets >= 0, micro.weights_AB[:, None] * gain, 0.0))
+
+
+def surrogate(logprobs, rollout_logprobs, advantage, objective: Objective):
+    """What a token gains: advantage · log p, or PPO's clipped advantage · ratio (1707.06347)."""
+    if objective.clip <= 0:
+        return advantage * logprobs
+    high = objective.clip if objective.clip_high is None else objective.clip_high
+    ratio = jnp.exp(logprobs - rollout_logprobs)
+    bounded = jnp.clip(ratio, 1 - objective.clip, 1 + high)
+    return jnp.minimum(ratio * advantage, bounded * advantage)
+
+
+# --- probabilities --------------------------------------------------------------------------------
+
+
+def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], np.ndarray]:
+    """The function (params, batch) -> log-probability of every target, (A, B, T); 0 where none is.
+
+    The batch lies on the mesh; every process gets all of the result.
+    """
+    param_specs = specs(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
+
+    def local(params, inputs_ABT, targets_ABT):
+        weights = gather_weights(model, params)
+
+        def losses(micro):
+            return model.apply({"params": weights}, *micro, method="losses")
+
+        logprobs_ABT = -jax.lax.map(losses, (inputs_ABT, targets_ABT))
+        return jax.lax.all_gather(logprobs_ABT, AXIS, axis=1, tiled=True)
+
+    mapped = jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(param_specs, BATCH_SPEC, BATCH_SPEC),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )
+    )
+    return lambda params, batch: np.asarray(mapped(params, batch.inputs_ABT, batch.targets_ABT))
+
+
+def compare(logprobs_ABT: np.ndarray, batch: RolloutBatch) -> dict[str, float]:
+    """How far the policy being trained is from the one that drew the samples, and the reference.
+
+    Over trained tokens, of a batch as `make_batch` gives it. Before the first update of a step the
+    mismatch is that of two programs for the same weights: it should be round-off.
+    """
+    is_trained = batch.targets_ABT >= 0
+    ours, drawn = logprobs_ABT[is_trained], batch.rollout_logprobs_ABT[is_trained]
+    change = np.abs(ours - drawn)
+    told = {
+        "mismatch": float(change.mean()) if len(change) else 0.0,
+        "max_mismatch": float(change.max(initial=0.0)),
+    }
+    if batch.reference_logprobs_ABT is not None and len(ours):
+        distance = batch.reference_logprobs_ABT[is_trained] - ours
+        told["kl"] = float(np.mean(np.exp(distance) - distance - 1))
+    return told

@@ -1,0 +1,258 @@
+"""Which data the tasks are made of, and where it lies.
+
+That is one folder, task_data below the base directory or what NANOCHAT_TASK_DATA names; copying it
+brings all the data to a machine without a network. Data sets of the hub lie in
+<org>--<name>/<subset>/<split>/00000.parquet …, with a manifest.json beside them that lists their
+names; single files lie at the top.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import huggingface_hub
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from nanochat_jax.config import base_dir
+from nanochat_jax.data.download import (
+    RETRIES,
+    TIMEOUT,
+    Download,
+    Progress,
+    Wanted,
+    hub_endpoint,
+    hub_url,
+    sha256_of,
+)
+
+MANIFEST = "manifest.json"
+
+
+class HubSplit(NamedTuple):
+    """One split of one subset of a data set."""
+
+    repo_id: str
+    subset: str
+    split: str
+
+    def __str__(self) -> str:
+        return f"{self.repo_id.replace('/', '--')}/{self.subset}/{self.split}"
+
+    @property
+    def folder(self) -> Path:
+        return task_data_dir() / str(self)
+
+    def files(self) -> list[Path]:
+        """Its Parquet files in order; none when one that the manifest names is not there."""
+        manifest = self.folder / MANIFEST
+        if not manifest.is_file():
+            return []
+        try:
+            names = json.loads(manifest.read_text(encoding="utf-8"))
+            paths = [self.folder / name for name in names]
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{manifest} is not a list of file names; delete it and run scripts/prefetch.py"
+            ) from None
+        return paths if all(path.is_file() for path in paths) else []
+
+
+class HubDataset(NamedTuple):
+    """A task's data: `splits` are ours and what the hub calls them."""
+
+    repo_id: str
+    subset: str
+    splits: dict[str, str]
+
+    def split(self, task: str, name: str) -> HubSplit:
+        if name not in self.splits:
+            raise ValueError(f"{task} has the splits {', '.join(self.splits)}, not {name!r}")
+        return HubSplit(self.repo_id, self.subset, self.splits[name])
+
+
+_ALL = {"train": "train", "validation": "validation", "test": "test"}
+HUB_TASKS = {
+    "smoltalk": HubDataset(
+        "HuggingFaceTB/smol-smoltalk", "default", {"train": "train", "test": "test"}
+    ),
+    "mmlu": HubDataset(
+        "cais/mmlu", "all", {"test": "test", "validation": "validation", "dev": "dev"}
+    ),
+    "mmlu-aux": HubDataset("cais/mmlu", "all", {"train": "auxiliary_train"}),
+    "gsm8k": HubDataset("openai/gsm8k", "main", {"train": "train", "test": "test"}),
+    "arc-easy": HubDataset("allenai/ai2_arc", "ARC-Easy", _ALL),
+    "arc-challenge": HubDataset("allenai/ai2_arc", "ARC-Challenge", _ALL),
+    "humaneval": HubDataset("openai/openai_humaneval", "openai_humaneval", {"test": "test"}),
+}
+
+
+class SingleFile(NamedTuple):
+    """A file from elsewhere."""
+
+    name: str
+    url: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def path(self) -> Path:
+        return task_data_dir() / self.name
+
+    def files(self) -> list[Path]:
+        return [self.path] if self.path.is_file() else []
+
+
+type Source = HubSplit | SingleFile
+
+WORD_LIST = SingleFile(
+    "words_alpha.txt",
+    "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt",
+)
+_NANOCHAT_FILES = "https://karpathy-public.s3.us-west-2.amazonaws.com"
+IDENTITY = SingleFile(
+    "identity_conversations.jsonl", f"{_NANOCHAT_FILES}/identity_conversations.jsonl"
+)
+CORE_BUNDLE = SingleFile("eval_bundle.zip", f"{_NANOCHAT_FILES}/eval_bundle.zip")
+
+
+def task_data_dir() -> Path:
+    named = os.environ.get("NANOCHAT_TASK_DATA")
+    return Path(named).expanduser() if named else base_dir() / "task_data"
+
+
+# --- Fetches the data of tasks into one folder, with a manifest of what is in it ---
+
+REVISION = "refs/convert/parquet"
+
+
+class Found(NamedTuple):
+    """A source, and its files as they are to be fetched."""
+
+    source: Source
+    files: list[Wanted]
+
+
+def lacking(sources: Iterable[Source]) -> list[Source]:
+    """Those of which a file is not there."""
+    return [source for source in dict.fromkeys(sources) if not source.files()]
+
+
+def fetch(
+    sources: Iterable[Source],
+    *,
+    workers: int = 8,
+    progress: Progress | None = None,
+    wait: bool = False,
+) -> None:
+    """Fetches what is lacking, and writes it into the manifest.
+
+    Another process that fetches is an error, unless `wait` is set. Raises ValueError, in one
+    sentence, when a server cannot be reached, lacks a file or delivers other bytes than announced,
+    or when the disk is full.
+    """
+    download = Download(
+        task_data_dir(),
+        is_whole=lambda path: path.stat().st_size > 0,
+        workers=workers,
+        progress=progress,
+        without_network=f"or copy {task_data_dir()} from a machine where scripts/prefetch.py ran",
+        with_less_space="make room",
+    )
+    with download.alone(timeout=-1 if wait else 0):
+        wanted = lacking(sources)
+        if not wanted:
+            return
+        found = [_look_up(download, wanted[0], retries=0)]  # without a network this fails at once
+        found += download.each(lambda source: _look_up(download, source), wanted[1:])
+        download.fetch([file for one in found for file in one.files])
+        _add_to_manifest([file for one in found for file in one.files])
+        for one in found:
+            if isinstance(one.source, HubSplit):  # from now on the split counts as there
+                names = [Path(file.name).name for file in one.files]
+                _write_whole(one.source.folder / MANIFEST, names)
+
+
+def _look_up(download: Download, source: Source, retries: int = RETRIES) -> Found:
+    if isinstance(source, SingleFile):
+        return Found(source, [Wanted(source.name, source.url, source.url)])
+    path = f"{source.subset}/{source.split}"
+    address = f"{hub_endpoint()}/api/datasets/{source.repo_id}/tree/{quote(REVISION, safe='')}"
+    about = Wanted(path, f"{address}/{quote(path)}", f"the data set {source.repo_id}")
+    listed = download.ask(lambda: _json(about.url), about, retries)
+    names = sorted(one["path"] for one in listed if one["path"].endswith(".parquet"))
+    if not names:
+        raise ValueError(f"{about.server} has no Parquet files for {path} in {about.source}")
+    files = [
+        Wanted(f"{source}/{at:05d}.parquet", hub_url(source.repo_id, name, REVISION), about.source)
+        for at, name in enumerate(names)
+    ]
+    return Found(source, files)
+
+
+def _json(url: str) -> Any:
+    response = huggingface_hub.get_session().get(url, headers=build_hf_headers(), timeout=TIMEOUT)
+    hf_raise_for_status(response)
+    return response.json()
+
+
+# ---- the manifest ----------------------------------------------------------------------------
+
+
+def check(sources: Iterable[Source]) -> tuple[list[str], list[str]]:
+    """What is wrong with the data of some sources, and which files of theirs nobody vouches for.
+
+    Every file is read and compared with the manifest; no network is needed.
+    """
+    manifest, wrong, unknown = read_manifest(), [], []
+    for source in dict.fromkeys(sources):
+        files = source.files()
+        if not files:
+            wrong.append(f"{source} is missing")
+        for path in files:
+            name = path.relative_to(task_data_dir()).as_posix()
+            if name not in manifest:
+                unknown.append(name)
+            elif why := _why_altered(path, manifest[name]):
+                wrong.append(f"{name} {why}")
+    return wrong, unknown
+
+
+def _why_altered(path: Path, entry: dict[str, Any]) -> str | None:
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"has {size:,} bytes instead of {entry['size']:,}"
+    return None if sha256_of(path) == entry["sha256"] else "has another content than it had"
+
+
+def read_manifest() -> dict[str, dict[str, Any]]:
+    """name → {"size", "sha256", "url"}; empty when nothing was fetched yet."""
+    path = task_data_dir() / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        entries = {name: dict(entry) for name, entry in manifest["files"].items()}
+        if any(not {"size", "sha256"} <= entry.keys() for entry in entries.values()):
+            raise KeyError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged; delete it and run scripts/prefetch.py") from None
+    return entries
+
+
+def _add_to_manifest(files: Sequence[Wanted]) -> None:
+    manifest = read_manifest()
+    for file in files:
+        path = task_data_dir() / file.name
+        size = path.stat().st_size
+        manifest[file.name] = {"size": size, "sha256": sha256_of(path), "url": file.url}
+    _write_whole(task_data_dir() / MANIFEST, {"files": dict(sorted(manifest.items()))})
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

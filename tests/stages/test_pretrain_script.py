@@ -1,0 +1,320 @@
+"""scripts/pretrain.py as people run it: kill -9, SIGTERM, resuming, other devices, mistakes.
+
+All runs share a base directory with a tokenizer and a data set of a few hundred documents, and one
+run that nothing interrupted, whose records the others must repeat exactly.
+"""
+
+import json
+import random
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from script_runs import (
+    ROOT,
+    Script,
+    document,
+    finish,
+    make_base,
+    n_train_records,
+    wait_for,
+    write_dataset,
+)
+
+from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.config import from_toml
+from nanochat_jax.stages.pretraining import prepare, pretrain
+from nanochat_jax.stages.settings import PretrainConfig
+from nanochat_jax.tokenizer import Tokenizer
+
+STEPS = 14
+SETTINGS = {
+    "depth": 1,  # several devices never divide the stacks, so there is padding
+    "n_embd": 32,
+    "n_head": 2,
+    "n_kv_head": 1,
+    "max_seq_len": 64,
+    "total_batch_size": 1024,
+    "device_batch_size": 2,
+    "num_iterations": STEPS,
+    "warmup_steps": 2,
+    "matrix_lr": 0.5,
+    "embedding_lr": 3.0,
+    "unembedding_lr": 0.08,
+    "dataset": "tiny",
+    "tokenizer": "tiny",
+    "eval_every": 5,
+    "eval_tokens": 1024,
+    "sample_every": 0,
+    "sample_tokens": 4,
+    "save_every": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    make_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def script(base) -> Script:
+    return Script(base, "pretrain.py", SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def whole(script) -> list[dict]:
+    """The trace of a run that nothing interrupted."""
+    output = script.run(run="whole")
+    assert "scaling parameters" in output  # the dial
+    assert "finished" in output
+    return script.trace("whole")
+
+
+def test_a_run_leaves_a_whole_folder(script, whole):
+    kinds = [record["kind"] for record in whole]
+    assert [kinds.count(kind) for kind in ("plan", "train", "val")] == [1, STEPS, 4]
+    losses = script.losses("whole")
+    assert losses[-1] < losses[0] - 0.3  # it learns
+    assert script.steps("whole") == {"12", str(STEPS)}
+    config = from_toml(PretrainConfig, (script.folder("whole") / "config.toml").read_text(), "")
+    assert (config.run, config.depth, config.resume) == ("whole", 1, False)
+    assert Tokenizer.load(script.folder("whole") / "tokenizer").vocab_size == 300
+    with Checkpoints(script.folder("whole"), read_only=True) as checkpoints:
+        meta = checkpoints.meta(STEPS)
+        assert checkpoints.meta(12)["val_bpb"] is None  # not measured at that step
+    last = [record for record in whole if record["kind"] == "val"][-1]
+    assert meta["val_bpb"] == last["bpb"] == checkpoints_best(whole)
+    assert meta["provenance"]["packages"]["jax"]
+
+
+def checkpoints_best(trace: list[dict]) -> float:
+    return min(record["bpb"] for record in trace if record["kind"] == "val")
+
+
+def test_sigterm_kill_9_and_kill_9_while_saving_change_nothing(script, whole):
+    """One run ended in three ways, each time resumed; the first two anywhere between steps."""
+    folder = script.folder("hunted")
+    process = script.start("--resume", run="hunted")  # there is nothing to resume yet
+    wait_for(lambda: n_train_records(folder) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 0)
+    assert "starting at step 0" in output
+    stopped = max(int(name) for name in script.steps("hunted"))
+    assert f"stopped by SIGTERM after step {stopped} of {STEPS}; saved" in output
+
+    command = output.strip().splitlines()[-1].split("scripts/pretrain.py ")[1].split()
+    assert "--resume" in command
+    process = script.start_plain(*command)
+    at = stopped + random.randint(1, 3)
+    wait_for(lambda: n_train_records(folder) >= at, process)
+    process.send_signal(signal.SIGKILL)
+    assert f"resuming at step {stopped}" in finish(process, -signal.SIGKILL)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "train", "step": 7, "lo')  # as if torn in mid-line
+
+    process = script.start_plain(*command)
+    wait_for(lambda: list(folder.glob("checkpoints/12.*/params*")), process)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    last = 12 if (folder / "checkpoints" / "12").exists() else 8  # Orbax may have been faster
+
+    output = finish(script.start_plain(*command), 0)
+    assert f"resuming at step {last}" in output
+    assert script.trace("hunted") == whole
+    assert script.steps("hunted") == {"12", str(STEPS)}  # nothing half-written is left
+
+
+def test_two_processes_train_as_one(script, whole, here):
+    """And what they saved together, one can continue."""
+    outputs = script.run_cluster(2, run="cluster", eval_every=0)
+    assert "step 00013" in outputs[0]
+    assert "step 0" not in outputs[1]  # only the first one speaks
+    np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
+    shutil.rmtree(script.folder("cluster") / "checkpoints" / str(STEPS))
+    assert pretrain(config(run="cluster", resume=True)) == 0
+    np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
+
+
+def test_a_mistake_ends_with_one_sentence(script, whole):
+    output = script.run(run="whole", expect=1)
+    assert output.strip().splitlines()[-1].startswith("error: the run ")
+    assert "continue it with --resume, choose another name with --run" in output
+    assert "Traceback" not in output
+
+
+# --- the same, called directly --------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+
+
+def config(**settings) -> PretrainConfig:
+    return PretrainConfig(**(SETTINGS | {"n_devices": 1} | settings))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_another_number_of_devices_goes_on_with_the_same_losses(here, script, whole, devices):
+    name = f"on{devices}"
+    shutil.copytree(script.folder("whole"), script.folder(name))
+    shutil.rmtree(script.folder(name) / "checkpoints" / str(STEPS))
+    assert pretrain(config(run=name, resume=True, n_devices=devices, save_every=0)) == 0
+    np.testing.assert_allclose(script.losses(name), script.losses("whole"), rtol=1e-5)
+    bpbs = [
+        [r["bpb"] for r in trace if r["kind"] == "val"] for trace in (script.trace(name), whole)
+    ]
+    np.testing.assert_allclose(*bpbs, rtol=1e-5)
+
+
+def test_a_non_finite_loss_ends_the_run_and_overwrites_nothing(here, script, capsys):
+    settings = {"matrix_lr": 1e38, "save_every": 1, "keep_last": 1}
+    assert pretrain(config(run="burnt", **settings)) == 1
+    record = json.loads((script.folder("burnt") / "nonfinite.json").read_text())
+    assert f"at step {record['step']}; " in capsys.readouterr().err
+    assert set(record["loader"]["streams"]) == {str(stream) for stream in range(8)}
+    with Checkpoints(script.folder("burnt"), read_only=True) as checkpoints:
+        assert all(step <= record["step"] for step in checkpoints.steps())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer": "nobody"}, "train one with scripts/tok_train.py"),
+        ({"dataset": "nowhere"}, "there is no data set at"),
+        ({"total_batch_size": 1000}, "not a whole number of micro-batches"),
+        ({"max_seq_len": 100}, "not a whole number of micro-batches"),
+        ({"n_devices": 99}, "99 devices asked for"),
+        ({"n_head": 3}, "whole heads"),
+        ({"n_kv_head": 3}, "multiple of n_kv_head"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"attention": "cudnn"}, "needs an NVIDIA GPU"),
+        ({"window_pattern": "SX"}, "window_pattern is made of S and L"),
+        ({"resume": True, "overwrite": True}, "choose one of them"),
+        ({"data_streams": 5}, "cannot be divided among 5 streams"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    here, base, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        pretrain(config(run="refused", **settings))
+    assert not (base / "runs" / "refused" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_embd": 64}, "model n_embd was 32, now 64"),
+        ({"num_iterations": 20}, "optimizer num_iterations was 14, now 20"),
+        ({"dataset": "more"}, "data training shards was 2, now 3"),
+        ({"tokenizer": "other"}, "tokenizer tokens was .*, now"),
+        ({"total_batch_size": 2048}, "batch tokens was 1024, now 2048"),
+        ({"seed": 1}, "seed was 42, now 1"),
+        ({"recipe": "2025", "total_batch_size": 1024}, "model recipe was 2026, now 2025"),
+    ],
+)
+def test_a_changed_run_is_not_continued(here, base, whole, settings, message):
+    if not (base / "base_data" / "more").exists():
+        write_dataset(base / "base_data" / "more", 4)
+        rng = random.Random(2)
+        other = Tokenizer.train((document(rng) for _ in range(50)), vocab_size=300)
+        other.save(base / "tokenizer" / "other")
+    with pytest.raises(ValueError, match=message):
+        pretrain(config(run="whole", resume=True, **settings))
+    assert Script(base, "pretrain.py", SETTINGS).trace("whole") == whole
+
+
+def test_overwrite_starts_again_and_samples_are_kept(here, script, whole):
+    folder = script.folder("again")
+    shutil.copytree(script.folder("whole"), folder)
+    short = {"num_iterations": 2, "eval_every": 0, "sample_every": 1}
+    assert pretrain(config(run="again", overwrite=True, **short)) == 0
+    trace = script.trace("again")
+    assert [record["kind"] for record in trace] == ["plan", "train", "sample", "train", "sample"]
+    assert all(isinstance(text, str) for _, text in trace[-1]["texts"])
+    assert script.steps("again") == {"2"}
+
+
+def test_width_and_heads_can_be_given(here):
+    def shape(**settings):
+        plan = prepare(
+            config(**({"n_embd": None, "n_head": None, "n_kv_head": None} | settings))
+        ).plan
+        gpt = plan.config
+        return gpt.n_layer, gpt.n_embd, gpt.n_head, gpt.n_kv_head
+
+    assert shape(depth=2) == (2, 128, 1, 1)
+    assert shape(depth=3, n_embd=100, n_head=5) == (3, 100, 5, 5)
+    assert shape(depth=3, n_embd=256) == (3, 256, 2, 2)
+    assert shape(depth=4, aspect_ratio=32, head_dim=16) == (4, 128, 8, 8)
+    assert shape(depth=4, n_embd=256, n_head=4, n_kv_head=2) == (4, 256, 4, 2)
+
+
+# --- what is done with a finished run -------------------------------------------------------------
+
+
+@pytest.fixture
+def call(here, monkeypatch, capsys):
+    """Runs a script in this process: its output, or the message that it ended with."""
+
+    def run(name: str, *flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as end:
+            return str(end.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_eval_base_measures_and_samples(call, script, whole):
+    flags = ["--n-devices=1", "--device-batch-size=2", "--eval-tokens=1024", "--sample-tokens=4"]
+    output = call("eval_base.py", "--run=whole", *flags)
+    result = json.loads(output.strip().splitlines()[-1])
+    assert result == json.loads((script.folder("whole") / "eval_base.json").read_text())
+    last = [record for record in whole if record["kind"] == "val"][-1]
+    assert result["bpb"] == pytest.approx(last["bpb"], rel=1e-6)  # what training measured
+    assert result["step"] == STEPS
+    assert 0.5 < result["gzip_bpb"] < 8
+    assert len(result["samples"]) == 8
+    assert "gzip -9 needs" in output
+    only = call("eval_base.py", "--run=whole", "--eval=bpb", "--step=12", *flags)
+    assert set(json.loads(only.strip().splitlines()[-1])) == {
+        "run", "step", "bpb", "gzip_bpb", "tokens"
+    }  # fmt: skip
+    assert "--eval knows core, bpb, sample, not x" in call("eval_base.py", "--eval=bpb,x")
+    assert "there is no CORE bundle" in call("eval_base.py", "--eval=core")
+
+
+def test_eval_base_wants_a_data_set_for_a_run_that_has_none(call, script, whole):
+    shutil.copytree(script.folder("whole"), script.folder("chat"))
+    meta = script.folder("chat") / "checkpoints" / str(STEPS) / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"dataset":', '"tasks":'))
+    assert "chat was not trained on a data set; name one with --dataset" in call(
+        "eval_base.py", "--run=chat", "--n-devices=1"
+    )
+
+
+def test_generate_goes_on_with_a_text_or_a_file(call, whole, tmp_path):
+    flags = ["--run=whole", "--max-tokens=6"]
+    (tmp_path / "start.txt").write_text("the and of", encoding="utf-8")
+    prompt = f"--prompt=FILE:{tmp_path / 'start.txt'}"
+    two = call("generate.py", *flags, prompt, "--num-samples=2")
+    assert two.count("the and of") == 2
+    assert two == call("generate.py", *flags, "--prompt=the and of", "--num-samples=2")
+    assert two != call("generate.py", *flags, prompt, "--num-samples=2", "--seed=1")
+    greedy = [call("generate.py", *flags, "--temperature=0", f"--seed={s}") for s in (1, 2)]
+    assert greedy[0] == greedy[1]
+    assert "No such file" in call("generate.py", *flags, "--prompt=FILE:/nowhere/at all")
+    assert "has no step 5; it has 12, 14" in call("generate.py", *flags, "--step=5")
+    assert "holds no checkpoints" in call("generate.py", "--run=nobody")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in call("generate.py", *flags, f"--prompt=FILE:{tmp_path / 'bytes'}")
