@@ -28,6 +28,20 @@ def base_dir() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "nanochat_jax"
 
 
+def named_folder(kind: str, name: str | Path) -> Path:
+    """A name stands for <kind>/<name> below the base directory, a path for itself."""
+    if isinstance(name, str) and "/" not in name and name not in ("", ".", ".."):
+        return base_dir() / kind / name
+    return Path(name).expanduser()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole: a reader, or a crash, never finds half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def parse[C](
     config_class: type[C], args: Sequence[str] | None = None, description: str | None = None
 ) -> C:

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, Literal
 from uuid import uuid4
 
-from nanochat_jax.config import base_dir, to_toml
+from nanochat_jax.config import base_dir, named_folder, to_toml, write_atomically
 from nanochat_jax.tokenizer import Tokenizer
 
 CONFIG_FILE, LOCK_FILE = "config.toml", ".lock"
@@ -27,9 +27,7 @@ CHECKPOINTS_FOLDER, TOKENIZER_FOLDER = "checkpoints", "tokenizer"
 
 def run_folder(name: str | Path) -> Path:
     """Where a run lives: a name stands for runs/<name>, anything with a slash for itself."""
-    if isinstance(name, str) and "/" not in name and name not in ("", ".", ".."):
-        return base_dir() / "runs" / name
-    return Path(name).expanduser()
+    return named_folder("runs", name)
 
 
 def default_run(stages: Sequence[str] = ()) -> str:
@@ -100,9 +98,7 @@ def _is_run(folder: Path) -> bool:
 def describe(folder: Path, config: Any, tokenizer: Tokenizer) -> None:
     """Writes what is the run's besides numbers and checkpoints: its configuration and tokenizer."""
     tokenizer.save(folder / TOKENIZER_FOLDER)
-    draft = folder / (CONFIG_FILE + ".tmp")
-    draft.write_text(to_toml(config), encoding="utf-8")
-    draft.replace(folder / CONFIG_FILE)
+    write_atomically(folder / CONFIG_FILE, to_toml(config))
 
 
 def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -155,9 +151,7 @@ def record_evaluation(path: Path, found: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False))
 
 
 class Meter:
@@ -293,10 +287,8 @@ def cut_metrics(run_folder: Path, keep: Callable[[Record], bool], file: str = ME
     path = run_folder / file
     if not path.exists():
         return
-    draft = path.with_suffix(".tmp")
     kept = [line for record, line in _records(path) if keep(record)]
-    draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def _records(path: Path) -> Iterator[tuple[Record, str]]:

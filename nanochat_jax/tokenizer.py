@@ -18,7 +18,7 @@ import numpy as np
 import tiktoken
 
 from nanochat_jax import _rustbpe
-from nanochat_jax.config import base_dir
+from nanochat_jax.config import named_folder, write_atomically
 
 # They take the last ids, in this order. All but the first only occur in conversations.
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -51,8 +51,7 @@ type Progress = Callable[[str, int, int], object]
 
 def tokenizer_folder(name: str | Path) -> Path:
     """Where a tokenizer lives: a name stands for tokenizer/<name> below the base directory."""
-    is_name = isinstance(name, str) and "/" not in name and name not in ("", ".", "..")
-    return base_dir() / "tokenizer" / name if is_name else Path(name).expanduser()
+    return named_folder("tokenizer", name)
 
 
 class Tokenizer:
@@ -164,8 +163,8 @@ class Tokenizer:
             "special_tokens": list(self._special),
             "provenance": self.provenance,
         }
-        _write_whole(folder / RANK_FILE, "".join(lines))
-        _write_whole(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
+        write_atomically(folder / RANK_FILE, "".join(lines))
+        write_atomically(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
 
     # --- encoding ---------------------------------------------------------------------------------
 
@@ -423,10 +422,3 @@ def _read_ranks(path: Path) -> list[bytes]:
         if rank != str(number):
             raise ValueError(f"{path} is damaged: line {number + 1} should have rank {number}")
     return ranks
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name first, so that no half of it is ever found."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_jax.config import base_dir
+from nanochat_jax.config import named_folder
 
 BLOCK_DOCS = 1024  # documents in a row group of the published shards, and in a block at most
 
@@ -47,11 +47,9 @@ def shard_name(index: int) -> str:
 
 def dataset_folder(dataset: str | Path) -> Path:
     """Where a data set lives: a name stands for base_data/<name>, a path for itself."""
-    if isinstance(dataset, str) and "/" not in dataset and dataset not in ("", ".", ".."):
-        named = base_dir() / "base_data" / dataset
-        if dataset in HUB_DATASETS or dataset == LOCAL or named.is_dir():
-            return named
-    return Path(dataset).expanduser()
+    named = named_folder("base_data", dataset)
+    is_data_set = dataset in HUB_DATASETS or dataset == LOCAL or named.is_dir()
+    return named if is_data_set else Path(dataset).expanduser()
 
 
 def list_shards(dataset: str | Path) -> Shards:

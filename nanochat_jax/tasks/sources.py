@@ -16,7 +16,7 @@ from urllib.parse import quote
 import huggingface_hub
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from nanochat_jax.config import base_dir
+from nanochat_jax.config import base_dir, write_atomically
 from nanochat_jax.data.download import (
     RETRIES,
     TIMEOUT,
@@ -173,7 +173,7 @@ def fetch(
         for one in found:
             if isinstance(one.source, HubSplit):  # from now on the split counts as there
                 names = [Path(file.name).name for file in one.files]
-                _write_whole(one.source.folder / MANIFEST, names)
+                _write_json(one.source.folder / MANIFEST, names)
 
 
 def _look_up(download: Download, source: Source, retries: int = RETRIES) -> Found:
@@ -249,10 +249,8 @@ def _add_to_manifest(files: Sequence[Wanted]) -> None:
         path = task_data_dir() / file.name
         size = path.stat().st_size
         manifest[file.name] = {"size": size, "sha256": sha256_of(path), "url": file.url}
-    _write_whole(task_data_dir() / MANIFEST, {"files": dict(sorted(manifest.items()))})
+    _write_json(task_data_dir() / MANIFEST, {"files": dict(sorted(manifest.items()))})
 
 
-def _write_whole(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def _write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
