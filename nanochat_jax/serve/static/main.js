@@ -1,20 +1,16 @@
 /** Puts the page together. */
 
 import { Chat } from "./chat.js";
-import { runCommand } from "./commands.js";
-import { Composer } from "./composer.js";
+import { Composer, runCommand } from "./composer.js";
 import { answerText, titleOf } from "./conversation.js";
-import { announce, byId, showToast } from "./dom.js";
-import { Follower } from "./follow.js";
-import { ServedModel } from "./model.js";
-import { SettingsPanel } from "./panel.js";
-import { Settings } from "./settings.js";
+import { announce, byId, Follower, showToast } from "./dom.js";
+import { ServedModel, welcome } from "./model.js";
+import { Settings, SettingsPanel } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { ConversationStore } from "./store.js";
 import { currentTheme, onSystemTheme, toggleTheme } from "./theme.js";
 import { TokenTooltip } from "./tooltip.js";
 import { Transcript } from "./transcript.js";
-import { welcome } from "./welcome.js";
 
 const PLACEHOLDERS = { base: "Begin a text", chat: "Write a message" };
 const NOT_KEPT =
