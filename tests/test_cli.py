@@ -1,10 +1,10 @@
 """What scripts say while something long runs."""
 
-from nanochat_jax import cli, distributed
+from nanochat_jax import cli
 
 
 def test_a_log_file_is_told_of_progress_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0)
     with cli.progress_bar("CORE") as bar:
         bar(1, 8)
         bar(8, 8)

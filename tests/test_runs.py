@@ -60,7 +60,7 @@ def test_only_the_first_process_writes(tmp_path):
 WANDB_RUN = """
 import sys
 from pathlib import Path
-from nanochat_jax.tracking import Tracker
+from nanochat_jax.runs import Tracker
 for steps in ([0, 1], [2, 3]):  # the second is a resumed run
     tracker = Tracker(Path(sys.argv[1]), name="n", config={"depth": 2}, wandb_mode="offline")
     for step in steps:

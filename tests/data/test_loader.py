@@ -220,8 +220,8 @@ RUN = """
     import hashlib, json, sys
     sys.path[:0] = sys.argv[1:3]
     from shard_tools import ByteTokenizer
-    from nanochat_jax.data.loader import train_loader
     from nanochat_jax.data.shards import list_shards
+    from nanochat_jax.data.text import train_loader
     loader = train_loader(
         list_shards(sys.argv[3]),
         ByteTokenizer(),

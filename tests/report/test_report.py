@@ -120,12 +120,12 @@ def test_an_evaluation_stays_beside_the_others_of_its_checkpoint(tmp_path):
 
 def test_a_meter_adds_to_earlier_sessions(tmp_path, monkeypatch):
     readings = iter([10.0, 10.5, 20.0, 20.25])
-    monkeypatch.setattr("nanochat_jax.report.gpu_kwh", lambda: next(readings))
+    monkeypatch.setattr("nanochat_jax.runs.gpu_kwh", lambda: next(readings))
     for kwh in (0.5, 0.75):
         meter = Meter(tmp_path, "sft")
         record(tmp_path, "sft", meter.read())
         assert read_json(tmp_path / "report" / "sft.json")["kwh"] == kwh
-    monkeypatch.setattr("nanochat_jax.report.gpu_kwh", lambda: None)
+    monkeypatch.setattr("nanochat_jax.runs.gpu_kwh", lambda: None)
     assert Meter(tmp_path / "new", "sft").read().keys() == {"seconds"}
 
 

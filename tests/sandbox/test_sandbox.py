@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from walls import ROOT, check, isolated, leftovers, within
 
+import nanochat_jax.sandbox.run as sandbox
 from nanochat_jax.sandbox.run import Isolation, Result, isolation, run
 
 # --- programs as they should be -------------------------------------------------------------------
@@ -365,10 +366,10 @@ assert run("") == Result(True, "finished", "")
 @pytest.fixture
 def bare(monkeypatch):
     """A machine whose kernel offers nothing."""
-    monkeypatch.setattr(run, "WAYS", ())
-    run._found.cache_clear()
+    monkeypatch.setattr(sandbox, "WAYS", ())
+    sandbox._found.cache_clear()
     yield
-    run._found.cache_clear()
+    sandbox._found.cache_clear()
 
 
 def test_without_walls_it_refuses(bare):
@@ -378,7 +379,7 @@ def test_without_walls_it_refuses(bare):
 
 
 def test_without_walls_it_goes_on_when_told_to(bare, recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_TOKEN", "hunter2")
     program = "import os\nopen('file', 'w').write('x')\nprint(os.listdir(), os.environ)"
     result = run(program, allow_unsandboxed=True)
