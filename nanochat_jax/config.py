@@ -1,16 +1,15 @@
 """Where things are kept, and how a TOML preset and the command line become one frozen dataclass.
 
-Every script does the same: `config = parse(PretrainConfig, description=__doc__)`. A preset given by
-`--config file.toml` supplies new defaults, flags override it, and tyro makes `--help` from the
-field docstrings. A preset holds one table per stage ([pretrain], [tok_train], …, named after the
-dataclass), or one stage's settings alone without a table. The resolved configuration is saved
-beside what it made (`to_toml`), so a run can be repeated.
+Every script does the same: `config = parse(PretrainConfig, "pretrain", description=__doc__)`. A
+preset given by `--config file.toml` supplies new defaults, flags override it, and tyro makes
+`--help` from the field docstrings. A preset holds one table per script ([pretrain], [sft], …),
+or one script's settings alone without a table. The resolved configuration is saved beside what it
+made (`to_toml`), so a run can be repeated.
 """
 
 import dataclasses
 import json
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -43,17 +42,21 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def parse[C](
-    config_class: type[C], args: Sequence[str] | None = None, description: str | None = None
+    config_class: type[C],
+    table: str,
+    args: Sequence[str] | None = None,
+    description: str | None = None,
 ) -> C:
     """Builds `config_class` from `--config PRESET` (a path, or a name in configs/) and flags.
+
+    Of a preset with tables, the one named `table` is read.
 
     A mistake on the command line or in the preset ends the program with one sentence.
     """
     args = list(sys.argv[1:] if args is None else args)
     try:
         preset, args = _take_preset(args)
-        values = _settings(config_class, preset) if preset else {}
-        default = config_class(**_checked(config_class, values, preset)) if preset else None
+        default = config_class(**_preset(config_class, table, preset)) if preset else None
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     epilogue = "--config PRESET: a TOML file, or a name in configs/, that supplies the defaults"
@@ -78,11 +81,6 @@ def to_toml(config: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_toml[C](config_class: type[C], text: str, where: str) -> C:
-    """The inverse of `to_toml`; an unknown key is a ValueError that names the known ones."""
-    return config_class(**_checked(config_class, tomllib.loads(text), where))
-
-
 def _take_preset(args: list[str]) -> tuple[str | None, list[str]]:
     rest, preset = [], None
     position = 0
@@ -100,13 +98,17 @@ def _take_preset(args: list[str]) -> tuple[str | None, list[str]]:
     return preset, rest
 
 
-def _settings(config_class: type, preset: str) -> dict[str, Any]:
-    """The part of a preset that is meant for this stage."""
+def _preset(config_class: type, table: str, preset: str) -> dict[str, Any]:
+    """The settings of a preset for this class; ValueError for one that the class does not have."""
     content = _read_toml(preset)
-    if not any(isinstance(value, dict) for value in content.values()):
-        return content
-    words = re.findall("[A-Z][a-z0-9]*", config_class.__name__.removesuffix("Config"))
-    return content.get("_".join(words).lower(), {})
+    if any(isinstance(value, dict) for value in content.values()):
+        content = content.get(table, {})
+    known = [field.name for field in dataclasses.fields(config_class)]
+    if unknown := sorted(set(content) - set(known)):
+        raise ValueError(
+            f"{preset}: unknown setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
+        )
+    return content
 
 
 def _read_toml(preset: str) -> dict[str, Any]:
@@ -119,16 +121,6 @@ def _read_toml(preset: str) -> dict[str, Any]:
                 raise ValueError(f"{path} is not valid TOML: {error}") from None
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.toml")))
     raise ValueError(f"no preset {preset!r}: give the path of a TOML file or one of: {known}")
-
-
-def _checked(config_class: type, values: dict[str, Any], where: str | None) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(config_class)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{where}: unknown setting {', '.join(unknown)}; the known ones are {', '.join(known)}"
-        )
-    return values
 
 
 def _toml_value(value: Any) -> str:

@@ -49,7 +49,7 @@ class BenchCoreConfig:
 
 
 def main() -> None:
-    config = parse(BenchCoreConfig, description=__doc__)
+    config = parse(BenchCoreConfig, "bench_core", description=__doc__)
     path = find_bundle(config.bundle)
     if path is None:
         raise ValueError(f"there is no CORE bundle; {how_to_get()}")

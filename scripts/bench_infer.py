@@ -223,7 +223,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    config = parse(BenchInferConfig, description=__doc__)
+    config = parse(BenchInferConfig, "bench_infer", description=__doc__)
     start()
     result = measure(config)
     show(result)

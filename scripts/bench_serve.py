@@ -83,7 +83,7 @@ class Outcome:
 
 
 def main() -> None:
-    config = parse(BenchServeConfig, description=__doc__)
+    config = parse(BenchServeConfig, "bench_serve", description=__doc__)
     if not 0 <= config.disconnects <= 1:
         raise ValueError(f"--disconnects is a share from 0 to 1, not {config.disconnects}")
     with server(config) as (url, pid):

@@ -251,6 +251,6 @@ if __name__ == "__main__":
         print(json.dumps(run_alone(sys.argv[2], Job(**json.loads(sys.argv[3])))))
         sys.exit()
     try:
-        main(parse(BenchTokenizerConfig, description=__doc__))
+        main(parse(BenchTokenizerConfig, "bench_tokenizer", description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -221,7 +221,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    config = parse(BenchTrainConfig, description=__doc__)
+    config = parse(BenchTrainConfig, "bench_train", description=__doc__)
     start()
     jax.config.update("jax_enable_compilation_cache", False)  # compile_s is to be a cold one
     result = measure(config)

@@ -45,7 +45,7 @@ class ChatConfig:
 
 
 def main() -> None:
-    config = parse(ChatConfig, description=__doc__)
+    config = parse(ChatConfig, "chat", description=__doc__)
     settings = Settings(config.temperature, config.top_k, config.max_tokens, config.seed)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     start()

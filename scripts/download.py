@@ -85,7 +85,7 @@ def report(folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse(DownloadConfig, description=__doc__))
+        main(parse(DownloadConfig, "download", description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

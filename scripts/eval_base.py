@@ -59,7 +59,7 @@ class EvalBaseConfig:
 
 
 def main() -> None:
-    config = parse(EvalBaseConfig, description=__doc__)
+    config = parse(EvalBaseConfig, "eval_base", description=__doc__)
     wanted = what_to_do(config)
     start()
     mesh = make_mesh(config.n_devices)

@@ -80,7 +80,7 @@ class EvalChatConfig:
 
 
 def main() -> None:
-    config = parse(EvalChatConfig, description=__doc__)
+    config = parse(EvalChatConfig, "eval_chat", description=__doc__)
     drawing = Drawing(
         config.n_samples, config.max_new_tokens, config.temperature, config.top_k, config.seed
     )

@@ -42,7 +42,7 @@ class GenerateConfig:
 
 
 def main() -> None:
-    config = parse(GenerateConfig, description=__doc__)
+    config = parse(GenerateConfig, "generate", description=__doc__)
     if config.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, not {config.num_samples}")
     sampling = Sampling(config.temperature, config.top_k, seed=config.seed)

@@ -20,7 +20,7 @@ from nanochat_jax.stages.settings import MidtrainConfig
 
 
 def main() -> None:
-    config = parse(MidtrainConfig, description=__doc__)
+    config = parse(MidtrainConfig, "midtrain", description=__doc__)
     start()
     sys.exit(finetune("midtrain", config))
 

@@ -72,7 +72,7 @@ class PretrainConfig(settings.PretrainConfig):
 def main() -> None:
     # The compiler alone is wanted: without this JAX would look for the GPU, and fail without one.
     jax.config.update("jax_platforms", "cpu")
-    config = configuration.parse(PretrainConfig, description=__doc__)
+    config = configuration.parse(PretrainConfig, "pretrain", description=__doc__)
     target, devices = choose_machine(config)
     if config.target == "auto" and target != "cpu" and find_device(target) is None:
         print(f"No data sheet of {target!r} in nanochat_jax/devices.py: no plan for this machine.")

@@ -54,7 +54,7 @@ class PrefetchConfig:
 
 
 def main() -> None:
-    config = parse(PrefetchConfig, description=__doc__)
+    config = parse(PrefetchConfig, "prefetch", description=__doc__)
     sources = wanted_sources(config)
     if config.offline:
         report_check(sources)

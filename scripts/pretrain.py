@@ -20,7 +20,7 @@ from nanochat_jax.stages.settings import PretrainConfig
 
 
 def main() -> None:
-    config = parse(PretrainConfig, description=__doc__)
+    config = parse(PretrainConfig, "pretrain", description=__doc__)
     start()
     sys.exit(pretrain(config))
 

@@ -34,7 +34,7 @@ class ReportConfig:
 
 
 def main() -> None:
-    config = parse(ReportConfig, description=__doc__)
+    config = parse(ReportConfig, "report", description=__doc__)
     folders = [run_folder(name) for name in config.runs or (default_run(),)]
     chains = [read_chain(folder) for folder in folders]
     content = build(chains, config.usd_per_gpu_hour)

@@ -20,7 +20,7 @@ from nanochat_jax.stages.settings import RlConfig
 
 
 def main() -> None:
-    config = parse(RlConfig, description=__doc__)
+    config = parse(RlConfig, "rl", description=__doc__)
     start()
     sys.exit(reinforce(config))
 

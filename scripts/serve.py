@@ -29,7 +29,7 @@ from nanochat_jax.sharding import make_mesh
 
 
 def main() -> None:
-    config = parse(ServeConfig, description=__doc__)
+    config = parse(ServeConfig, "serve", description=__doc__)
     config = replace(config, run=config.run or default_run())
     bound = bind(config)  # before the model is loaded: a mistake should show at once
     if not config.is_local and not read_keys(config.api_keys_file):

@@ -21,7 +21,7 @@ from nanochat_jax.stages.settings import SftConfig
 
 
 def main() -> None:
-    config = parse(SftConfig, description=__doc__)
+    config = parse(SftConfig, "sft", description=__doc__)
     start()
     sys.exit(finetune("sft", config))
 

@@ -152,7 +152,7 @@ def make_grid(sweep: Sweep, flags: Sequence[str]) -> list[Run]:
     folder = base_dir() / "runs" / sweep.name
 
     def read(*more: str) -> PretrainConfig:
-        return parse(PretrainConfig, [*DEFAULTS, *flags, *more])
+        return parse(PretrainConfig, "pretrain", [*DEFAULTS, *flags, *more])
 
     if isinstance(sweep, Seeds):
         a, b = read(*split_flags(sweep.a)), read(*split_flags(sweep.b))

@@ -62,6 +62,6 @@ def main(config: TokEvalConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse(TokEvalConfig, description=__doc__))
+        main(parse(TokEvalConfig, "tok_eval", description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -106,7 +106,7 @@ def main(config: TokTrainConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse(TokTrainConfig, description=__doc__))
+        main(parse(TokTrainConfig, "tok_train", description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -8,7 +8,9 @@ from nanochat_jax.serve.settings import ServeConfig
 
 
 def test_settings_from_the_command_line():
-    config = parse(ServeConfig, ["--cors-origins", "https://a.example", "https://b.example"])
+    config = parse(
+        ServeConfig, "serve", ["--cors-origins", "https://a.example", "https://b.example"]
+    )
     assert config.cors_origins == ("https://a.example", "https://b.example")
     assert config.host == "127.0.0.1"
     assert (config.max_messages, config.max_message_chars, config.max_chars) == (500, 8000, 32_000)
@@ -18,7 +20,7 @@ def test_settings_from_the_command_line():
 def test_settings_from_a_preset(tmp_path):
     preset = tmp_path / "mine.toml"
     preset.write_text('[serve]\nslots = 3\nallowed_hosts = ["chat.example"]\n')
-    config = parse(ServeConfig, ["--config", str(preset), "--port", "0"])
+    config = parse(ServeConfig, "serve", ["--config", str(preset), "--port", "0"])
     assert (config.slots, config.port, config.allowed_hosts) == (3, 0, ("chat.example",))
 
 

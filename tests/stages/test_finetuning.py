@@ -13,7 +13,7 @@ import pytest
 from script_runs import Script, finish, make_base, n_train_records, wait_for
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
-from nanochat_jax.config import from_toml, parse
+from nanochat_jax.config import parse
 from nanochat_jax.data.conversations import first_batches
 from nanochat_jax.optim import lr_multiplier, muon_momentum
 from nanochat_jax.stages.finetuning import finetune, fresh_state, prepare
@@ -85,7 +85,7 @@ def test_a_run_leaves_a_whole_folder(script, whole):
     loaded = load_model(folder)
     assert (loaded.meta["stage"], loaded.meta["step"]) == ("sft", STEPS)
     assert loaded.meta["source"] == {"run": "base", "step": BASE_STEPS}
-    config = from_toml(SftConfig, (folder / "config.toml").read_text(), "")
+    config = parse(SftConfig, "sft", ["--config", str(folder / "config.toml")])
     assert (config.source, config.source_step) == ("base", str(BASE_STEPS))
     train = [record for record in whole if record["kind"] == "train"]
     assert train[-1]["loss"] < train[0]["loss"] - 1
@@ -394,9 +394,9 @@ def test_conversations_longer_than_a_row_are_counted_or_refused(here, script, ca
 
 @pytest.mark.parametrize("preset", ["cpu", "speedrun", "d20_2025"])
 def test_presets_train_what_the_one_before_has_made(preset):
-    base = parse(PretrainConfig, ["--config", preset])
-    mid = parse(MidtrainConfig, ["--config", preset])
-    sft = parse(SftConfig, ["--config", preset])
+    base = parse(PretrainConfig, "pretrain", ["--config", preset])
+    mid = parse(MidtrainConfig, "midtrain", ["--config", preset])
+    sft = parse(SftConfig, "sft", ["--config", preset])
     assert mid.source in ("", base.run)
     assert sft.source == (base.run if base.recipe == "2026" else mid.run)
     assert sft.run == f"{base.run}-sft"

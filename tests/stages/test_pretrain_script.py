@@ -26,7 +26,7 @@ from script_runs import (
 )
 
 from nanochat_jax.checkpoint import Checkpoints
-from nanochat_jax.config import from_toml
+from nanochat_jax.config import parse
 from nanochat_jax.stages.pretraining import prepare, pretrain
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer
@@ -82,7 +82,8 @@ def test_a_run_leaves_a_whole_folder(script, whole):
     losses = script.losses("whole")
     assert losses[-1] < losses[0] - 0.3  # it learns
     assert script.steps("whole") == {"12", str(STEPS)}
-    config = from_toml(PretrainConfig, (script.folder("whole") / "config.toml").read_text(), "")
+    preset = str(script.folder("whole") / "config.toml")
+    config = parse(PretrainConfig, "pretrain", ["--config", preset])
     assert (config.run, config.depth, config.resume) == ("whole", 1, False)
     assert Tokenizer.load(script.folder("whole") / "tokenizer").vocab_size == 300
     with Checkpoints(script.folder("whole"), read_only=True) as checkpoints:

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from script_runs import ROOT, Script, finish, make_base, n_train_records, wait_for
 
-from nanochat_jax.config import from_toml
+from nanochat_jax.config import parse
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.sweep.fits import (
     Budget,
@@ -365,7 +365,7 @@ def test_an_isoflop_sweep_is_stopped_goes_on_and_is_not_repeated(sweep):
         ElementTree.parse(folder(sweep, "toy") / f"{name}.svg")
 
     # Runs that are there are not taken for runs with other settings.
-    config = from_toml(PretrainConfig, (third / "config.toml").read_text(), "")
+    config = parse(PretrainConfig, "pretrain", ["--config", str(third / "config.toml")])
     assert is_finished(read_run(Run("same", {}, config)))
     assert is_finished(read_run(Run("same", {}, replace(config, dtype="auto", keep_last=9))))
     with pytest.raises(ValueError, match=r"matrix_lr was None, now 0.01"):
