@@ -73,7 +73,7 @@ class BenchServeConfig:
 
 
 @dataclass
-class Outcome:
+class RequestTiming:
     """One request."""
 
     status: int = 0  # 0: the connection failed
@@ -166,8 +166,8 @@ async def _crowd(
     clients: int,
     numbers: Iterator[int],
     disconnects: float,
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+) -> list[RequestTiming]:
+    outcomes: list[RequestTiming] = []
 
     async def one() -> None:
         for number in numbers:
@@ -185,7 +185,7 @@ async def _ask(
     number: int,
     rng: random.Random,
     leaves_after: int | None,
-) -> Outcome:
+) -> RequestTiming:
     """One streamed answer; hangs up after some pieces if told to."""
     body = {
         "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
@@ -194,7 +194,7 @@ async def _ask(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    outcome, began = Outcome(), time.perf_counter()
+    outcome, began = RequestTiming(), time.perf_counter()
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             outcome.status = response.status_code
@@ -231,7 +231,9 @@ async def _stuck_slots(client: httpx.AsyncClient, seconds: float = 30.0) -> int:
         await asyncio.sleep(0.2)
 
 
-def _summary(config, alone: list[Outcome], alone_s: float, crowd: list[Outcome], crowd_s: float):
+def _summary(
+    config, alone: list[RequestTiming], alone_s: float, crowd: list[RequestTiming], crowd_s: float
+):
     first = [o.times[0] for o in crowd if o.times]
     between = [gap for o in crowd for gap in np.diff(o.times)]
     tokens_per_s = sum(o.tokens for o in crowd) / crowd_s

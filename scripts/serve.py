@@ -24,7 +24,7 @@ from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.middleware import read_keys
 from nanochat_jax.serve.server import bind, serve, url_of
 from nanochat_jax.serve.settings import ServeConfig
-from nanochat_jax.serve.text import stage_of
+from nanochat_jax.serve.text import prompt_format
 from nanochat_jax.sharding import make_mesh
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         mesh=make_mesh(config.n_devices),
     )
     app = create_app(scheduler, loaded.tokenizer, loaded.meta, config, progress=say)
-    say(f"{config.run}, step {loaded.meta['step']}: {NOTES[stage_of(loaded.meta)]}")
+    say(f"{config.run}, step {loaded.meta['step']}: {NOTES[prompt_format(loaded.meta)]}")
     say(f"listening on {url_of(bound)}")
     serve(app, bound, say)
 

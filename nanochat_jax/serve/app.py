@@ -146,7 +146,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
 
 class Status(BaseModel):
-    """How a server feels."""
+    """The health of the server."""
 
     status: str
 

@@ -11,7 +11,7 @@ from nanochat_jax.serve.errors import ApiError, bad_request
 from nanochat_jax.serve.schema import ChatRequest, CompletionRequest, Generate, Message
 from nanochat_jax.serve.service import Service
 from nanochat_jax.serve.stream import Envelope, Generation, Json, check_finish, whole_answer
-from nanochat_jax.serve.text import Piece, Said, TooLong, chat_prompt, stop_ids
+from nanochat_jax.serve.text import PlacedToken, TextPiece, TooLong, chat_prompt, stop_ids
 from nanochat_jax.tokenizer import Tokenizer
 
 TEMPERATURE, TOP_K, MAX_TOKENS = 0.8, 50, 512  # where a request does not say
@@ -31,7 +31,7 @@ def chat_job(asked: ChatRequest, service: Service) -> ChatJob:
     room = service.context - min(wanted, service.context // 4)
     messages = [_as_conversation(message) for message in asked.messages]
     try:
-        prompt = chat_prompt(service.tokenizer, service.stage, messages, room)
+        prompt = chat_prompt(service.tokenizer, service.prompt_format, messages, room)
     except TooLong as error:
         raise bad_request(str(error), "messages", "context_length_exceeded") from None
     except ValueError as error:
@@ -95,9 +95,9 @@ def _request(
         max_new_tokens=min(wanted, service.context - len(prompt)),
         sampling=_sampling(asked, service),
         n=asked.n or 1,
-        stop_ids=stop_ids(service.tokenizer, service.stage),
+        stop_ids=stop_ids(service.tokenizer, service.prompt_format),
         alternatives=alternatives,
-        use_tools=service.stage == "chat" and isinstance(asked, ChatRequest),
+        use_tools=service.prompt_format == "chat" and isinstance(asked, ChatRequest),
     )
 
 
@@ -154,7 +154,7 @@ def _choice(
     service: Service,
     asked: CompletionRequest,
     index: int,
-    pieces: Sequence[Piece],
+    pieces: Sequence[TextPiece],
     finish: str | None,
 ) -> Json:
     wanted = asked.logprobs
@@ -193,7 +193,7 @@ async def chat_answer(
     )
 
 
-def _message(pieces: Sequence[Piece]) -> Json:
+def _message(pieces: Sequence[TextPiece]) -> Json:
     parts: list[dict[str, str]] = []
     for piece in pieces:
         if parts and parts[-1]["type"] == piece.type:
@@ -233,7 +233,7 @@ async def chat_events(
         yield envelope.around([], ".chunk", usage=generation.usage.as_dict())
 
 
-def _delta(piece: Piece) -> Json:
+def _delta(piece: TextPiece) -> Json:
     if piece.type == "text":
         return {"content": piece.text}
     return {"content": "", "part": {"type": piece.type, "text": piece.text}}
@@ -244,7 +244,7 @@ def _delta(piece: Piece) -> Json:
 LEAST = -9999.0  # what OpenAI says for "impossible", since JSON has no infinity
 
 
-def chat_logprobs(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, pieces: Iterable[TextPiece]) -> dict[str, Any]:
     """choices[].logprobs of a chat: an entry for each token that was drawn."""
     content = [
         {
@@ -257,7 +257,7 @@ def chat_logprobs(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> dict[str, An
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, pieces: Iterable[Piece], alternatives: int
+    tokenizer: Tokenizer, pieces: Iterable[TextPiece], alternatives: int
 ) -> dict[str, Any]:
     """choices[].logprobs of a completion: four lists of equal length."""
     tokens = list(drawn(pieces))
@@ -273,7 +273,7 @@ def completion_logprobs(
     }
 
 
-def drawn(pieces: Iterable[Piece]) -> Iterable[Said]:
+def drawn(pieces: Iterable[TextPiece]) -> Iterable[PlacedToken]:
     """The tokens that the model chose, without the answers of tools."""
     return (said for piece in pieces for said in piece.tokens if not said.token.forced)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.settings import ServeConfig
-from nanochat_jax.serve.text import Stage, stage_of
+from nanochat_jax.serve.text import PromptFormat, prompt_format
 from nanochat_jax.tokenizer import Tokenizer
 
 type Phase = Literal["warming up", "ready", "stopped", "failed"]
@@ -43,7 +43,7 @@ class Worker:
             self._progress("ready")
             self._scheduler.run(self._stop)
             self.phase = "stopped"
-        except _Stopped:
+        except _WarmUpCancelled:
             self.phase = "stopped"
         except Exception:
             self.phase = "failed"
@@ -51,11 +51,11 @@ class Worker:
 
     def _tell(self, text: str) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise _WarmUpCancelled
         self._progress(text)
 
 
-class _Stopped(Exception):
+class _WarmUpCancelled(Exception):
     """Ends the warm-up early."""
 
 
@@ -78,8 +78,8 @@ class Service:
         return Path(self.config.run).resolve().name
 
     @property
-    def stage(self) -> Stage:
-        return stage_of(self.meta)
+    def prompt_format(self) -> PromptFormat:
+        return prompt_format(self.meta)
 
     @property
     def context(self) -> int:
@@ -93,7 +93,7 @@ class Service:
             "object": "model",
             "created": self.created,
             "owned_by": "nanochat_jax",
-            "stage": self.stage,
+            "stage": self.prompt_format,
             "step": self.meta.get("step"),
             "context": self.context,
             "val_bpb": self.meta.get("val_bpb"),

@@ -23,7 +23,7 @@ from nanochat_jax.serve.errors import GONE, INTERNAL, ApiError, bad_request, una
 from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.middleware import record_of
 from nanochat_jax.serve.service import Service
-from nanochat_jax.serve.text import AnswerReader, Piece
+from nanochat_jax.serve.text import AnswerReader, TextPiece
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ class Update(NamedTuple):
     """What happened to one choice: more text, and why it ended if it did."""
 
     choice: int
-    pieces: list[Piece]
+    pieces: list[TextPiece]
     finish: str | None  # "stop", "length", "cancelled", "error"
 
 
@@ -125,7 +125,7 @@ class Generation:
 
     def _digest(self, first_choice: int, events: list[Event]) -> list[Update]:
         """Updates of the choices that these events are about, one for each."""
-        pieces: dict[int, list[Piece]] = {}
+        pieces: dict[int, list[TextPiece]] = {}
         for event in events:
             index = first_choice + event.sample
             if self._choices[index].finish is not None:
@@ -142,7 +142,7 @@ class Generation:
             if found or self._choices[index].finish
         ]
 
-    def _add(self, choice: Choice, token: Token) -> list[Piece]:
+    def _add(self, choice: Choice, token: Token) -> list[TextPiece]:
         now = time.monotonic()
         if not choice.tokens:
             choice.began = now
@@ -155,7 +155,7 @@ class Generation:
             self._close(choice, "stop")
         return pieces
 
-    def _end(self, choice: Choice, finished: Finished) -> list[Piece]:
+    def _end(self, choice: Choice, finished: Finished) -> list[TextPiece]:
         if finished.sample == 0:
             self.usage.cached += finished.cached_tokens
         self._close(choice, finished.reason)
@@ -168,13 +168,13 @@ class Generation:
             self.metrics.time_per_token.observe(mean)
 
 
-def merge(pieces: Sequence[Piece]) -> list[Piece]:
+def merge(pieces: Sequence[TextPiece]) -> list[TextPiece]:
     """Neighbours of one type as one piece: a chunk of tokens is one message to the client."""
-    merged: list[Piece] = []
+    merged: list[TextPiece] = []
     for piece in pieces:
         if merged and merged[-1].type == piece.type:
             last = merged.pop()
-            piece = Piece(piece.type, last.text + piece.text, last.tokens + piece.tokens)
+            piece = TextPiece(piece.type, last.text + piece.text, last.tokens + piece.tokens)
         merged.append(piece)
     return merged
 
@@ -241,9 +241,11 @@ def check_finish(reason: str | None, service: Service) -> None:
         raise ApiError(GONE, "the client has gone")
 
 
-async def whole_answer(service: Service, generation: Generation) -> list[tuple[list[Piece], str]]:
+async def whole_answer(
+    service: Service, generation: Generation
+) -> list[tuple[list[TextPiece], str]]:
     """The pieces of every choice, and why it ended."""
-    pieces: list[list[Piece]] = [[] for _ in range(generation.n_choices)]
+    pieces: list[list[TextPiece]] = [[] for _ in range(generation.n_choices)]
     finish = [""] * len(pieces)
     async for update in generation.updates():
         check_finish(update.finish, service)

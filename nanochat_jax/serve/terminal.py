@@ -15,7 +15,7 @@ from nanochat_jax.checkpoint import LoadedModel
 from nanochat_jax.engine.requests import Event, Finished, Request
 from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.serve.text import AnswerReader, Piece, chat_prompt, stage_of, stop_ids
+from nanochat_jax.serve.text import AnswerReader, TextPiece, chat_prompt, prompt_format, stop_ids
 
 GREETING = {
     "chat": "{run}, step {step}. Ask something; /help lists commands, Ctrl-D leaves.",
@@ -69,7 +69,7 @@ class Terminal:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.stage = stage_of(self.model.meta)
+        self.prompt_format = prompt_format(self.model.meta)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.scheduler.run, args=[self._stop], daemon=True)
 
@@ -89,15 +89,15 @@ class Terminal:
         context = self.scheduler.engine.capacity
         wanted = min(self.settings.max_tokens, context // 4)
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = chat_prompt(self.model.tokenizer, self.stage, messages, context - wanted)
+        prompt = chat_prompt(self.model.tokenizer, self.prompt_format, messages, context - wanted)
         if prompt.dropped:
             print(f"(The oldest {prompt.dropped} messages no longer fit and are forgotten.)")
         request = Request(
             prompt.ids,
             max_new_tokens=min(self.settings.max_tokens, context - len(prompt.ids)),
             sampling=self.settings.sampling(),
-            stop_ids=stop_ids(self.model.tokenizer, self.stage),
-            use_tools=self.stage == "chat",
+            stop_ids=stop_ids(self.model.tokenizer, self.prompt_format),
+            use_tools=self.prompt_format == "chat",
         )
         parts = self._print_answer(request)
         self.messages = [*messages[prompt.dropped :], {"role": "assistant", "content": parts}]
@@ -141,7 +141,7 @@ class Printer:
     def __init__(self) -> None:
         self.parts: list[dict[str, str]] = []
 
-    def show(self, pieces: list[Piece]) -> None:
+    def show(self, pieces: list[TextPiece]) -> None:
         for piece in pieces:
             if piece.text:
                 self._begin(piece.type)
@@ -173,7 +173,7 @@ class Printer:
 def talk(terminal: Terminal) -> None:
     """Reads lines until the user leaves; a mistake is said and nothing is lost."""
     step = terminal.model.meta.get("step")
-    print(GREETING[terminal.stage].format(run=terminal.run, step=step))
+    print(GREETING[terminal.prompt_format].format(run=terminal.run, step=step))
     while True:
         try:
             line = input("\n> ")

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from nanochat_jax.engine.requests import Token
 from nanochat_jax.tokenizer import Tokenizer
 
-type Stage = Literal["base", "chat"]
+type PromptFormat = Literal["base", "chat"]
 
 # What a special token begins or ends: the type of the text that follows it.
 PART_AFTER = {
@@ -23,8 +23,8 @@ PART_AFTER = {
 }
 
 
-def stage_of(meta: Mapping[str, Any]) -> Stage:
-    """Which of the two a checkpoint is, by the stage that made it."""
+def prompt_format(meta: Mapping[str, Any]) -> PromptFormat:
+    """How the model of a checkpoint is prompted, which follows from the stage that trained it."""
     return "base" if meta.get("stage", "pretrain") == "pretrain" else "chat"
 
 
@@ -43,7 +43,7 @@ class TooLong(ValueError):
 
 
 def chat_prompt(
-    tokenizer: Tokenizer, stage: Stage, messages: Sequence[Mapping[str, Any]], room: int
+    tokenizer: Tokenizer, format: PromptFormat, messages: Sequence[Mapping[str, Any]], room: int
 ) -> Prompt:
     """The prompt of at most `room` tokens that asks for an answer to the last message.
 
@@ -51,7 +51,7 @@ def chat_prompt(
     are left out. In a chat, TooLong when the last message has no room even alone, and ValueError
     for messages that are no conversation.
     """
-    make = _chat_ids if stage == "chat" else _document_ids
+    make = _chat_ids if format == "chat" else _document_ids
     return make(tokenizer, messages, room)
 
 
@@ -94,28 +94,28 @@ def plain_text(content: str | Sequence[Mapping[str, str]]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def stop_ids(tokenizer: Tokenizer, stage: Stage) -> tuple[int, ...]:
+def stop_ids(tokenizer: Tokenizer, format: PromptFormat) -> tuple[int, ...]:
     """The tokens that end an answer."""
-    names = ("<|assistant_end|>", "<|bos|>") if stage == "chat" else ("<|bos|>",)
+    names = ("<|assistant_end|>", "<|bos|>") if format == "chat" else ("<|bos|>",)
     return tuple(tokenizer.special_id(name) for name in names)
 
 
 # --- what the model says --------------------------------------------------------------------------
 
 
-class Said(NamedTuple):
+class PlacedToken(NamedTuple):
     """A token of an answer, and how many characters of the answer stood before it."""
 
     token: Token
     offset: int
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """Some text of one part of an answer, and the tokens that it came from."""
 
     type: str
     text: str
-    tokens: tuple[Said, ...]
+    tokens: tuple[PlacedToken, ...]
 
 
 class AnswerReader:
@@ -134,15 +134,15 @@ class AnswerReader:
         self._type = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._waiting = ""  # decoded, not yet given out
-        self._tokens: list[Said] = []  # likewise
+        self._tokens: list[PlacedToken] = []  # likewise
         self._given = 0  # characters that were
         self.stopped = False
 
-    def add(self, token: Token) -> list[Piece]:
+    def add(self, token: Token) -> list[TextPiece]:
         """What can be shown now that the sample has one more token."""
         if self.stopped:
             return []
-        self._tokens.append(Said(token, self._given + len(self._waiting)))
+        self._tokens.append(PlacedToken(token, self._given + len(self._waiting)))
         if token.id < self._first_special:
             self._waiting += self._decoder.decode(self._tokenizer.ranks[token.id])
             return self._certain()
@@ -152,7 +152,7 @@ class AnswerReader:
         self._type = self._parts[token.id]
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[TextPiece]:
         """The rest, when the sample has ended."""
         if self.stopped:
             return []
@@ -162,7 +162,7 @@ class AnswerReader:
             pieces.append(self._give(len(self._waiting), everything=True))
         return pieces
 
-    def _certain(self) -> list[Piece]:
+    def _certain(self) -> list[TextPiece]:
         if self._type == "text" and self._stop:
             found = [at for at in map(self._waiting.find, self._stop) if at >= 0]
             if found:
@@ -179,13 +179,13 @@ class AnswerReader:
                 return length
         return 0
 
-    def _pieces(self, length: int) -> list[Piece]:
+    def _pieces(self, length: int) -> list[TextPiece]:
         return [self._give(length)] if length else []
 
-    def _give(self, length: int, everything: bool = False) -> Piece:
+    def _give(self, length: int, everything: bool = False) -> TextPiece:
         """The first `length` characters that wait, and the tokens that begin within them."""
         text, self._waiting = self._waiting[:length], self._waiting[length:]
         self._given += length
         tokens = tuple(s for s in self._tokens if everything or s.offset < self._given)
         self._tokens = self._tokens[len(tokens) :]
-        return Piece(self._type, text, tokens)
+        return TextPiece(self._type, text, tokens)

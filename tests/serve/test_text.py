@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scripted import TOKENIZER
 
 from nanochat_jax.engine.requests import Token
-from nanochat_jax.serve.text import AnswerReader, TooLong, chat_prompt, stage_of, stop_ids
+from nanochat_jax.serve.text import AnswerReader, TooLong, chat_prompt, prompt_format, stop_ids
 
 
 def read(ids, stop=()):
@@ -141,8 +141,8 @@ def test_a_last_question_that_does_not_fit_is_an_error():
 
 
 def test_stages_and_what_ends_their_answers():
-    assert stage_of({"stage": "pretrain"}) == "base"
-    assert [stage_of({"stage": s}) for s in ("midtrain", "sft", "rl")] == ["chat"] * 3
+    assert prompt_format({"stage": "pretrain"}) == "base"
+    assert [prompt_format({"stage": s}) for s in ("midtrain", "sft", "rl")] == ["chat"] * 3
     end, bos = TOKENIZER.special_id("<|assistant_end|>"), TOKENIZER.bos_id
     assert stop_ids(TOKENIZER, "chat") == (end, bos)
     assert stop_ids(TOKENIZER, "base") == (bos,)
