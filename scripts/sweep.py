@@ -31,8 +31,8 @@ from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.sweep import plots as draw
 from nanochat_jax.sweep.fits import PowerLaw
 from nanochat_jax.sweep.grid import (
-    Result,
     Run,
+    RunResult,
     finished,
     isoflop_grid,
     miniseries_grid,
@@ -188,7 +188,7 @@ def announce(runs: Sequence[Run]) -> dict[str, str]:
 # --- what was found -------------------------------------------------------------------------------
 
 
-def conclude(sweep: Sweep, results: Sequence[Result], folder: Path) -> dict[str, Any]:
+def conclude(sweep: Sweep, results: Sequence[RunResult], folder: Path) -> dict[str, Any]:
     """Prints the table and what it says, writes both and the plots; returns the summary."""
     show(*table(results))
     if isinstance(sweep, Isoflop):

@@ -33,7 +33,7 @@ EVALUATIONS = ("eval_base.json", "eval_chat.json")  # beside metrics.jsonl
 
 
 @dataclass(frozen=True)
-class Score:
+class MetricValue:
     """A measured number and its interval of 95 % confidence, where there is one."""
 
     value: float
@@ -41,7 +41,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """One run of the chain."""
 
     folder: Path
@@ -85,11 +85,11 @@ class Stage:
         )
 
 
-def read_stage(folder: Path) -> Stage:
+def read_stage(folder: Path) -> StageRecord:
     """Everything that a run's folder says. ValueError where there is no run."""
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"there is no run in {folder}: it has no {METRICS_FILE}")
-    return Stage(folder, read_meta(folder), read_metrics(folder), dict(_sections(folder)))
+    return StageRecord(folder, read_meta(folder), read_metrics(folder), dict(_sections(folder)))
 
 
 def _sections(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,7 +106,7 @@ def _sections(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 # --- the chain ------------------------------------------------------------------------------------
 
 
-def read_chain(folder: Path) -> list[Stage]:
+def read_chain(folder: Path) -> list[StageRecord]:
     """The stages of a model, from its base to what was made of it last.
 
     Backwards along the sources; forwards, where several runs came from one, along the newest.
@@ -145,7 +145,7 @@ def _newest_child(folder: Path) -> Path | None:
 # --- the summary ----------------------------------------------------------------------------------
 
 
-def scores(stage: Stage) -> dict[str, Score]:
+def scores(stage: StageRecord) -> dict[str, MetricValue]:
     """The metrics of a stage by the names of the summary table."""
     found = {}
     curve = stage.series("val", "bpb")[1]
@@ -158,19 +158,19 @@ def scores(stage: Stage) -> dict[str, Score]:
         ("ChatCORE", stage.find("chatcore"), stage.find("chatcore_interval")),
     ):
         if isinstance(value, int | float):
-            found[name] = Score(float(value), _interval(interval))
+            found[name] = MetricValue(float(value), _interval(interval))
     for name, task in (stage.find("chat_tasks") or {}).items():
         value = task.get("accuracy") if isinstance(task, dict) else task
         if isinstance(value, int | float):
             interval = task.get("accuracy_interval") if isinstance(task, dict) else None
-            found[_row_name(name)] = Score(float(value), _interval(interval))
+            found[_row_name(name)] = MetricValue(float(value), _interval(interval))
     return found | _rl_scores(stage)
 
 
-def _rl_scores(stage: Stage) -> dict[str, Score]:
+def _rl_scores(stage: StageRecord) -> dict[str, MetricValue]:
     _, values = stage.series("val", "pass@1")
     task = stage.meta.get("identity", {}).get("task", {}).get("name", "its own task")
-    return {f"pass@1, {task}": Score(values[-1])} if values else {}
+    return {f"pass@1, {task}": MetricValue(values[-1])} if values else {}
 
 
 def _row_name(task: str) -> str:
@@ -182,7 +182,9 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return (float(value[0]), float(value[1])) if value else None
 
 
-def summary(chain: Sequence[Stage]) -> tuple[list[str], list[tuple[str, list[Score | None]]]]:
+def summary(
+    chain: Sequence[StageRecord],
+) -> tuple[list[str], list[tuple[str, list[MetricValue | None]]]]:
     """The original's table: headings of the stages, and rows of (metric, a score per stage)."""
     columns = [scores(stage) for stage in chain]
     found = {name for column in columns for name in column}
@@ -192,7 +194,7 @@ def summary(chain: Sequence[Stage]) -> tuple[list[str], list[tuple[str, list[Sco
     return titles(chain), rows
 
 
-def titles(chain: Sequence[Stage]) -> list[str]:
+def titles(chain: Sequence[StageRecord]) -> list[str]:
     """The stages' titles, with the run's name where one has come before."""
     plain = [stage.title for stage in chain]
     return [
@@ -214,7 +216,7 @@ class Totals:
     flops: float
 
 
-def totals(chain: Sequence[Stage], usd_per_gpu_hour: float) -> Totals:
+def totals(chain: Sequence[StageRecord], usd_per_gpu_hour: float) -> Totals:
     made_by = chain[0].meta.get("provenance", {})
     device, devices = made_by.get("device", "unknown"), made_by.get("n_devices", 1)
     seconds = sum(stage.seconds for stage in chain)

@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.report import facts
-from nanochat_jax.report.chain import BPB, TALK_BPB, Score, Stage, Totals, scores, summary, totals
+from nanochat_jax.report.chain import (
+    BPB,
+    TALK_BPB,
+    MetricValue,
+    StageRecord,
+    Totals,
+    scores,
+    summary,
+    totals,
+)
 from nanochat_jax.report.plots import Plot, plots
 
 TRANSCRIPTS = "transcripts.jsonl"
 SHOWN_SAMPLES = 4
 NOTHING = "–"
 
-Chain = Sequence[Stage]
+Chain = Sequence[StageRecord]
 
 
 @dataclass(frozen=True)
@@ -56,14 +65,14 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceText:
     """A text as it stands in a file."""
 
     name: str
     text: str
 
 
-Block = Table | Cards | Plots | Samples | Source
+Block = Table | Cards | Plots | Samples | SourceText
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def build(chains: Sequence[Chain], usd_per_gpu_hour: float) -> Content:
     return Content(" · ".join(names) if one else " and ".join(names), _subtitle(chains), sections)
 
 
-def _telling(chains: Sequence[Chain]) -> list[Stage]:
+def _telling(chains: Sequence[Chain]) -> list[StageRecord]:
     """Of each model the stage that tells it from the others: its base, or its last stage."""
     bases = [chain[0] for chain in chains]
     differ = len({stage.folder for stage in bases}) == len(chains)
@@ -166,7 +175,7 @@ def _summary_table(chain: Chain) -> Table:
     return Table(["Metric", *heads], [[Cell(name), *map(_score, row)] for name, row in rows])
 
 
-def _score(score: Score | None, best: bool = False) -> Cell:
+def _score(score: MetricValue | None, best: bool = False) -> Cell:
     if score is None:
         return Cell(NOTHING)
     note = f"{score.interval[0]:.3f} to {score.interval[1]:.3f}" if score.interval else ""
@@ -175,7 +184,7 @@ def _score(score: Score | None, best: bool = False) -> Cell:
 
 def _comparison(chains: Sequence[Chain]) -> Table:
     """A column per run, a row per stage and metric, the best in bold."""
-    found: dict[tuple[str, str], dict[int, Score]] = {}
+    found: dict[tuple[str, str], dict[int, MetricValue]] = {}
     for index, chain in enumerate(chains):
         heads, rows = summary(chain)
         for place, title in enumerate(heads):
@@ -191,7 +200,7 @@ def _comparison(chains: Sequence[Chain]) -> Table:
     return Table(["Metric", *_names(chains)], table)
 
 
-def _ranked(name: str, row: Sequence[Score | None]) -> list[Cell]:
+def _ranked(name: str, row: Sequence[MetricValue | None]) -> list[Cell]:
     values = [score.value for score in row if score]
     best = min(values) if name in (BPB, TALK_BPB) else max(values)
     differ = len(set(values)) > 1
@@ -213,7 +222,7 @@ def _core_tables(chain: Chain) -> list[Block]:
 
 def _task(task: dict[str, Any]) -> Cell:
     interval = task.get("accuracy_interval")
-    return _score(Score(task["accuracy"], tuple(interval) if interval else None))
+    return _score(MetricValue(task["accuracy"], tuple(interval) if interval else None))
 
 
 def _plots(chains: Sequence[Chain]) -> list[Block]:
@@ -247,7 +256,7 @@ def _samples(chain: Chain) -> list[Block]:
     return [Samples(found)] if found else []
 
 
-def _samples_of(stage: Stage) -> list[tuple[str, str, str]]:
+def _samples_of(stage: StageRecord) -> list[tuple[str, str, str]]:
     texts = stage.find("samples")
     if not texts:
         shown = [record["texts"] for record in stage.metrics if record["kind"] == "sample"]
@@ -354,7 +363,7 @@ def _data(chain: Chain) -> list[Block]:
         shown = {key: identity[key] for key in ("data", "task", "tokenizer") if key in identity}
         if shown:
             name = f"{stage.title}: {stage.meta.get('config', {}).get('dataset', stage.name)}"
-            found.append(Source(name, json.dumps(shown, indent=1, ensure_ascii=False)))
+            found.append(SourceText(name, json.dumps(shown, indent=1, ensure_ascii=False)))
     return found
 
 
@@ -364,7 +373,7 @@ def _configurations(chain: Chain) -> list[Block]:
         path = stage.folder / "config.toml"
         if path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace").strip()
-            found.append(Source(f"{stage.title}: {stage.name}", text))
+            found.append(SourceText(f"{stage.title}: {stage.name}", text))
     return found
 
 

@@ -13,7 +13,7 @@ from nanochat_jax.report.content import (
     Plots,
     Samples,
     Section,
-    Source,
+    SourceText,
     Table,
 )
 
@@ -56,7 +56,7 @@ def _markdown(block: Block) -> str:
             return "\n\n".join(
                 f"{label}:\n\n{_fenced(prompt + text)}" for label, prompt, text in block.samples
             )
-        case Source():
+        case SourceText():
             return f"{block.name}\n\n{_fenced(block.text)}"
         case Plots():
             return ""
@@ -132,7 +132,7 @@ def _html(block: Block) -> str:
             return f'<div class="plots">{figures}</div>'
         case Samples():
             return '<div class="samples">' + "".join(map(_html_sample, block.samples)) + "</div>"
-        case Source():
+        case SourceText():
             return f"<h3>{escape(block.name)}</h3>\n<pre>{escape(block.text)}</pre>"
 
 

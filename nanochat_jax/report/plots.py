@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from nanochat_jax.report.chain import Stage, titles
+from nanochat_jax.report.chain import StageRecord, titles
 
 CONVERSATIONS = "Validation on conversations"
 POINTS = 600  # of a curve; longer ones are averaged down to these
@@ -31,7 +31,7 @@ class Plot(NamedTuple):
     svg: str
 
 
-Chain = Sequence[Stage]
+Chain = Sequence[StageRecord]
 Bars = dict[str, tuple[float, Sequence[float] | None]]
 
 
@@ -69,7 +69,10 @@ class Curve(NamedTuple):
 
 
 def _curves(
-    chains: Sequence[Chain], kind: str, key: str, of: Callable[[Stage], bool] = lambda stage: True
+    chains: Sequence[Chain],
+    kind: str,
+    key: str,
+    of: Callable[[StageRecord], bool] = lambda stage: True,
 ) -> list[Curve]:
     """One per stage that has the number. Stages differ by colour; where several runs are compared,
     those do, and their stages differ by dashes."""
@@ -83,7 +86,7 @@ def _curves(
     return found
 
 
-def _stages(chains: Sequence[Chain]) -> Iterator[tuple[int, int, Stage, str]]:
+def _stages(chains: Sequence[Chain]) -> Iterator[tuple[int, int, StageRecord, str]]:
     """Chain, place in it, stage and label; a stage that several chains share comes once."""
     seen = set()
     for i, chain in enumerate(chains):
@@ -115,7 +118,9 @@ def _loss(chains: Sequence[Chain], kind: str) -> Plot | None:
     return _finish(figure, axes, f"{names.get(kind, kind)} loss", caption, len(smooth) > 1)
 
 
-def _bits_per_byte(title: str, of: Callable[[Stage], bool], chains: Sequence[Chain]) -> Plot | None:
+def _bits_per_byte(
+    title: str, of: Callable[[StageRecord], bool], chains: Sequence[Chain]
+) -> Plot | None:
     curves = _curves(chains, "val", "bpb", of)
     if not curves:
         return None
@@ -171,7 +176,7 @@ def _simple(
     *,
     from_zero: bool = False,
     skip: int = 0,
-    of: Callable[[Stage], bool] = lambda stage: True,
+    of: Callable[[StageRecord], bool] = lambda stage: True,
 ) -> Plot | None:
     curves = [
         curve._replace(steps=curve.steps[skip:], values=curve.values[skip:])
@@ -201,7 +206,7 @@ def _pass_at_k(chains: Sequence[Chain]) -> Plot | None:
     return _finish(figure, axes, "pass@k", caption, len(keys) > 1)
 
 
-def _pass_keys(stages: Sequence[Stage]) -> list[str]:
+def _pass_keys(stages: Sequence[StageRecord]) -> list[str]:
     keys = {k for s in stages for r in s.metrics if r["kind"] == "val" for k in r if "pass@" in k}
     ordered = sorted(keys, key=lambda key: int(key.partition("@")[2]))
     return [key for key in ordered if int(key.partition("@")[2]) in (1, 2, 4, 8, 16)]

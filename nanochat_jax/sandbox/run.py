@@ -59,7 +59,7 @@ _LIBRARIES = (
 
 
 @dataclass(frozen=True)
-class Result:
+class ProgramResult:
     """How a program ended. `output` is what it printed, standard error included."""
 
     finished: bool
@@ -84,7 +84,7 @@ def run(
     timeout_s: float = 5.0,
     memory_mib: int = 256,
     allow_unsandboxed: bool = False,
-) -> Result:
+) -> ProgramResult:
     """Runs `program` as __main__ behind walls. ValueError where there are none to be had.
 
     finished: it ran to its last line within `timeout_s` seconds and `memory_mib` MiB of address
@@ -143,7 +143,7 @@ def _without_walls() -> Isolation:
 # --- running --------------------------------------------------------------------------------------
 
 
-def _run(walls: Isolation, program: str, timeout_s: float, memory_mib: int) -> Result:
+def _run(walls: Isolation, program: str, timeout_s: float, memory_mib: int) -> ProgramResult:
     secret = secrets.token_hex(32)
     # Objects, not numbers: closing those twice could close what another thread has opened.
     read_end, write_end = os.pipe()
@@ -167,7 +167,7 @@ def _run(walls: Isolation, program: str, timeout_s: float, memory_mib: int) -> R
             code = _end(process, patience=0 if cut else 0.5)
     finished = code == 0 and report == secret.encode() and not cut
     reason = "finished" if finished else _reason(code, report, output, cut, timeout_s)
-    return Result(finished, reason, output[:KEPT_OUTPUT].decode(errors="replace"))
+    return ProgramResult(finished, reason, output[:KEPT_OUTPUT].decode(errors="replace"))
 
 
 def _reason(code: int, report: bytes, output: bytes, cut: str, timeout_s: float) -> str:

@@ -19,7 +19,7 @@ from nanochat_jax.cli import SCRIPTS, progress_bar
 from nanochat_jax.config import to_toml
 from nanochat_jax.data.shards import list_shards
 from nanochat_jax.distributed import say
-from nanochat_jax.report.chain import Stage, read_stage
+from nanochat_jax.report.chain import StageRecord, read_stage
 from nanochat_jax.runs import METRICS_FILE
 from nanochat_jax.scaling import Plan
 from nanochat_jax.stages.loop import StopRequest
@@ -143,7 +143,7 @@ def plan_run(run: Run) -> Plan:
     return decide(run.config, vocab_size, run.config.n_devices or 1)
 
 
-def read_run(run: Run) -> Stage | None:
+def read_run(run: Run) -> StageRecord | None:
     """What a run left behind, None where nothing.
 
     ValueError where it was made with other settings: its numbers would not be of this sweep.
@@ -166,7 +166,7 @@ def read_run(run: Run) -> Stage | None:
     return stage
 
 
-def is_finished(stage: Stage | None) -> bool:
+def is_finished(stage: StageRecord | None) -> bool:
     """Whether the last step has been saved, and measured."""
     if stage is None or not stage.meta:
         return False
@@ -175,7 +175,7 @@ def is_finished(stage: Stage | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """What became of a run. `place` is that of the run in its grid."""
 
     run: str
@@ -189,11 +189,11 @@ class Result:
         return {"run": self.run, **self.place, "status": self.status, **self.values}
 
 
-def result_of(run: Run, failure: str | None = None) -> Result:
+def result_of(run: Run, failure: str | None = None) -> RunResult:
     """What became of a run, given why it failed, if it did."""
     stage = read_run(run)
     if stage is None or not is_finished(stage):
-        return Result(run.name, run.place, f"failed: {failure}" if failure else "unfinished")
+        return RunResult(run.name, run.place, f"failed: {failure}" if failure else "unfinished")
     plan = stage.meta["plan"]
     values = {
         "depth": plan["depth"],
@@ -206,10 +206,10 @@ def result_of(run: Run, failure: str | None = None) -> Result:
         "loss": stage.series("val", "loss")[1][-1],
         "seconds": stage.seconds,
     }
-    return Result(run.name, run.place, "finished", values)
+    return RunResult(run.name, run.place, "finished", values)
 
 
-def finished(results: Iterable[Result]) -> list[Result]:
+def finished(results: Iterable[RunResult]) -> list[RunResult]:
     """Those that have numbers."""
     return [result for result in results if result.values]
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
 
 from nanochat_jax.sweep.fits import PowerLaw
-from nanochat_jax.sweep.grid import Result, finished, flops_name
+from nanochat_jax.sweep.grid import RunResult, finished, flops_name
 from nanochat_jax.sweep.results import IsoFlop
 
 COLOURS = ("#1f7a6c", "#c2571a", "#3d5fb3", "#a03a78", "#7d7a14", "#5a4a9c", "#a83232", "#4f6470")
@@ -18,7 +18,7 @@ INK, LINE, GROUND = "#25231f", "#e2ddd2", "#fbfaf7"
 NAMES = {"params": "scaling parameters", "tokens": "training tokens"}
 
 
-def isoflop_plots(fits: IsoFlop, results: Sequence[Result]) -> dict[str, str]:
+def isoflop_plots(fits: IsoFlop, results: Sequence[RunResult]) -> dict[str, str]:
     """isoflop: loss over size for every budget; optimum: the best size over the budget; compute."""
     made = {
         "isoflop": _isoflop_curves(fits),
@@ -58,7 +58,7 @@ def _optimum(fits: IsoFlop) -> str:
     return _svg(figure, "The best size, budget by budget", "")
 
 
-def compute_plot(results: Sequence[Result], law: PowerLaw | None) -> str:
+def compute_plot(results: Sequence[RunResult], law: PowerLaw | None) -> str:
     """Loss against compute, all finished runs; the law is that of the best or of all."""
     figure, (axes,) = _figure(1)
     done = [result.values for result in finished(results)]
@@ -73,7 +73,7 @@ def compute_plot(results: Sequence[Result], law: PowerLaw | None) -> str:
     return _svg(figure, "Loss against compute", "")
 
 
-def seeds_plot(results: Sequence[Result]) -> str:
+def seeds_plot(results: Sequence[RunResult]) -> str:
     """A line from a to b for every seed."""
     figure, (axes,) = _figure(1)
     done = finished(results)

@@ -15,12 +15,12 @@ from nanochat_jax.sweep.fits import (
     fit_power_law,
     paired_test,
 )
-from nanochat_jax.sweep.grid import Result, finished, flops_name
+from nanochat_jax.sweep.grid import RunResult, finished, flops_name
 
 OFF_BUDGET = 0.05  # what the FLOPs of a run may differ from its budget by
 
 
-def results_csv(results: Sequence[Result]) -> str:
+def results_csv(results: Sequence[RunResult]) -> str:
     """One line a run."""
     rows = [result.row for result in results]
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -62,7 +62,7 @@ class IsoFlop:
         return {f: {w: fits[f] for w, fits in self.minima.items() if f in fits} for f in flops}
 
 
-def fit_isoflop(results: Iterable[Result]) -> IsoFlop:
+def fit_isoflop(results: Iterable[RunResult]) -> IsoFlop:
     """Parabolas for every budget and, from two of them on, power laws."""
     found = IsoFlop({}, {}, {}, [])
     done = finished(results)
@@ -82,7 +82,7 @@ def fit_isoflop(results: Iterable[Result]) -> IsoFlop:
     return found
 
 
-def _off_budget(results: Sequence[Result]) -> Iterator[str]:
+def _off_budget(results: Sequence[RunResult]) -> Iterator[str]:
     """Runs of few steps cannot spend exactly what they should."""
     for result in results:
         spent = result.values["flops"] / result.place["budget"] - 1
@@ -93,17 +93,17 @@ def _off_budget(results: Sequence[Result]) -> Iterator[str]:
             )
 
 
-def _budgets(results: Sequence[Result]) -> list[float]:
+def _budgets(results: Sequence[RunResult]) -> list[float]:
     return sorted({result.place["budget"] for result in results})
 
 
-def _budget(results: Sequence[Result], flops: float, what: str) -> Budget:
+def _budget(results: Sequence[RunResult], flops: float, what: str) -> Budget:
     values = [result.values for result in results if result.place["budget"] == flops]
     of = sorted((value[what], value["bpb"]) for value in values)
     return Budget(flops, [x for x, _ in of], [bpb for _, bpb in of])
 
 
-def fit_miniseries(results: Iterable[Result]) -> dict[str, Any]:
+def fit_miniseries(results: Iterable[RunResult]) -> dict[str, Any]:
     """Bits per byte as a power of the FLOPs; no law where fewer than two runs finished."""
     done = [result.values for result in finished(results)]
     if len(done) < 2:
@@ -112,7 +112,7 @@ def fit_miniseries(results: Iterable[Result]) -> dict[str, Any]:
     return {"laws": {"bpb": asdict(law)}, "notes": []}
 
 
-def compare_seeds(results: Iterable[Result]) -> dict[str, Any]:
+def compare_seeds(results: Iterable[RunResult]) -> dict[str, Any]:
     """b against a over the seeds that finished in both; in bits per byte, lower is better."""
     of: dict[str, dict[int, float]] = {"a": {}, "b": {}}
     for result in finished(results):
@@ -128,7 +128,7 @@ def compare_seeds(results: Iterable[Result]) -> dict[str, Any]:
 # --- in words -------------------------------------------------------------------------------------
 
 
-def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for every run."""
     formats = {"params": ",", "tokens": ",", "flops": ".3g", "bpb": ".6f", "seconds": ",.1f"}
     rows = [

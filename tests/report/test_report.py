@@ -16,7 +16,7 @@ import pytest
 from nanochat_jax import runs
 from nanochat_jax.report import facts
 from nanochat_jax.report.chain import read_chain, read_stage, scores, summary, totals
-from nanochat_jax.report.content import Source, Table, build
+from nanochat_jax.report.content import SourceText, Table, build
 from nanochat_jax.report.page import to_html, write
 from nanochat_jax.report.plots import plots
 from nanochat_jax.runs import Meter, Tracker, record, record_evaluation
@@ -396,7 +396,7 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     (folder / "metrics.jsonl").write_text('{"kind": "plan", "step": 0}\n')
     content = build([read_chain(folder)], 3.0)
     check(to_html(content, "today"))
-    assert not any(isinstance(block, Source) for s in content.sections for block in s.blocks)
+    assert not any(isinstance(block, SourceText) for s in content.sections for block in s.blocks)
 
 
 def test_a_long_run_has_a_small_page(tmp_path):

@@ -12,14 +12,14 @@ import pytest
 from walls import ROOT, check, isolated, leftovers, within
 
 import nanochat_jax.sandbox.run as sandbox
-from nanochat_jax.sandbox.run import Isolation, Result, isolation, run
+from nanochat_jax.sandbox.run import Isolation, ProgramResult, isolation, run
 
 # --- programs as they should be -------------------------------------------------------------------
 
 
 def test_a_good_program_finishes(walls):
     result = within(walls, "print('hello')\nassert sum([1, 2]) == 3\n")
-    assert result == Result(True, "finished", "hello\n")
+    assert result == ProgramResult(True, "finished", "hello\n")
 
 
 def test_a_wrong_program_says_why(walls):
@@ -353,9 +353,9 @@ def test_a_parent_that_ignores_its_children_gets_results():
     isolated()
     program = """
 import signal
-from nanochat_jax.sandbox.run import Result, run
+from nanochat_jax.sandbox.run import ProgramResult, run
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-assert run("") == Result(True, "finished", "")
+assert run("") == ProgramResult(True, "finished", "")
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 

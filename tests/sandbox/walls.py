@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax.sandbox import run
-from nanochat_jax.sandbox.run import Isolation, Result, isolation
+from nanochat_jax.sandbox.run import Isolation, ProgramResult, isolation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WALLS = [Isolation(way) for way in run.WAYS]
 
 
-def within(walls: Isolation, program: str, seconds: float = 10, memory_mib: int = 256) -> Result:
+def within(
+    walls: Isolation, program: str, seconds: float = 10, memory_mib: int = 256
+) -> ProgramResult:
     return run._run(walls, program, seconds, memory_mib)
 
 
-def check(walls: Isolation, program: str, **options) -> Result:
+def check(walls: Isolation, program: str, **options) -> ProgramResult:
     """The program's own assertions hold."""
     result = within(walls, program, **options)
     assert result.finished, (result.reason, result.output)

@@ -28,8 +28,8 @@ from nanochat_jax.sweep.fits import (
     student_t_quantile,
 )
 from nanochat_jax.sweep.grid import (
-    Result,
     Run,
+    RunResult,
     flops_name,
     is_finished,
     isoflop_grid,
@@ -228,7 +228,7 @@ def test_lists_of_numbers():
     assert [flops_name(flops) for flops in (3e9, 2.15e18, 50_000)] == ["3e9", "2.15e18", "50000"]
 
 
-def results_of_a_known_world() -> list[Result]:
+def results_of_a_known_world() -> list[RunResult]:
     """Best parameters 2·C^0.5; tokens C / (6·parameters); one run failed."""
     found = []
     for budget in made(0.5):
@@ -242,8 +242,8 @@ def results_of_a_known_world() -> list[Result]:
                 "steps": 9,
             }
             place = {"budget": budget.flops, "depth": depth}
-            found.append(Result(f"{budget.flops:g}-{depth}", place, "finished", values))
-    lost = Result("lost", {"budget": 1e15, "depth": 9}, "failed: out of memory, and\nmore")
+            found.append(RunResult(f"{budget.flops:g}-{depth}", place, "finished", values))
+    lost = RunResult("lost", {"budget": 1e15, "depth": 9}, "failed: out of memory, and\nmore")
     return [*found, lost]
 
 
@@ -281,7 +281,7 @@ def test_what_is_missing_is_said():
 
 def test_only_seeds_that_finished_in_both_are_compared():
     def result(variant, seed, **values):
-        return Result(f"{variant}{seed}", {"variant": variant, "seed": seed}, "", values)
+        return RunResult(f"{variant}{seed}", {"variant": variant, "seed": seed}, "", values)
 
     results = [
         *(result("a", seed, bpb=bpb) for seed, bpb in ((1, 2.0), (2, 2.1), (3, 9.0))),
