@@ -47,20 +47,22 @@ choose_installer() {
 
 # What the environment was made from; a change of any of it makes it again.
 fingerprint() {
-    { echo "$VARIANT"; cat pyproject.toml "requirements/$VARIANT.lock" rustbpe/Cargo.* rustbpe/src/*.rs; } | cksum
+    { echo "$VARIANT"; cat pyproject.toml "${LOCKS[@]}" rustbpe/Cargo.* rustbpe/src/*.rs; } | cksum
 }
 
 prepare_environment() {
     VARIANT=${VARIANT:-$(detect_variant)}
     PYTHON="$PWD/.venv/bin/python"
     [ -f "requirements/$VARIANT.lock" ] || die "VARIANT=$VARIANT is not one of cpu, cuda12, cuda13"
+    LOCKS=(requirements/cpu.lock)
+    [ "$VARIANT" = cpu ] || LOCKS+=("requirements/$VARIANT.lock") # holds only what is added
     if [ -x "$PYTHON" ] && [ "$(cat .venv/fingerprint 2>/dev/null)" = "$(fingerprint)" ]; then return; fi
     command -v cargo >/dev/null 2>&1 ||
         die "cargo (Rust) is needed to build the tokenizer trainer; get it with: curl https://sh.rustup.rs -sSf | sh -s -- -y"
     say "Preparing .venv ($VARIANT)"
     [ -x "$PYTHON" ] || make_venv
     choose_installer
-    "${INSTALL[@]}" -r "requirements/$VARIANT.lock" || die "installing requirements/$VARIANT.lock failed; see above"
+    "${INSTALL[@]}" "${LOCKS[@]/#/-r}" || die "installing ${LOCKS[*]} failed; see above"
     "${INSTALL[@]}" --no-deps --no-build-isolation -e . || die "building rustbpe failed; see above"
     fingerprint >.venv/fingerprint
 }
