@@ -129,7 +129,7 @@ class GPT(nn.Module):
             if config.recipe == "2026":
                 x = smear(x, self.smear_gate, self.smear_lambda)
         rope = rotary(jnp.arange(tokens_BT.shape[1]), config.head_dim, config.rope_base)
-        layers = look_up(unstack_layers(config, params), tokens_BT, self.dtype)
+        layers = lookup_value_embeds(unstack_layers(config, params), tokens_BT, self.dtype)
 
         def attend(layer, q, k, v):
             return causal_attention(q, k, v, config.window_sizes[layer], self.attention)
@@ -202,7 +202,7 @@ def _every_second_zero(init):
 
 
 def unstack_layers(config: GPTConfig, params: Params) -> list[dict[str, jax.Array]]:
-    """The matrices of each layer, by the names of `block`; "table" is its value embedding."""
+    """The matrices of each layer, by the names of `block`; "ve_table" is its value embedding."""
     qo, kv, fc, proj = (unstack(params[name]) for name in ("qo", "kv", "fc", "proj"))
     layers = [
         {"q": q, "k": k, "v": v, "o": o, "fc": fc_i, "proj": proj_i}
@@ -213,17 +213,17 @@ def unstack_layers(config: GPTConfig, params: Params) -> list[dict[str, jax.Arra
     if config.value_embed_layers:
         tables, gates = unstack(params["value_embeds"]), unstack(params["ve_gate"])
         for i, table, gate in zip(config.value_embed_layers, tables, gates, strict=True):
-            layers[i] |= {"table": table, "gate": gate}
+            layers[i] |= {"ve_table": table, "gate": gate}
     return layers
 
 
-def look_up(layers: Sequence[dict[str, jax.Array]], tokens_BT, dtype) -> list[dict]:
-    """The layers with "ve", the tokens' value embeddings (B, T, K·H), in the place of "table"."""
+def lookup_value_embeds(layers: Sequence[dict[str, jax.Array]], tokens_BT, dtype) -> list[dict]:
+    """The layers with "ve", the tokens' value embeddings (B, T, K·H), in place of "ve_table"."""
     found = []
     for layer in layers:
-        rest = {name: array for name, array in layer.items() if name != "table"}
-        if "table" in layer:
-            rest["ve"] = embed(layer["table"], tokens_BT, dtype)
+        rest = {name: array for name, array in layer.items() if name != "ve_table"}
+        if "ve_table" in layer:
+            rest["ve"] = embed(layer["ve_table"], tokens_BT, dtype)
         found.append(rest)
     return found
 
@@ -261,12 +261,12 @@ def transform(
     for i, layer in enumerate(layers):
         with jax.named_scope(f"layer{i}"):
             if scalars:
-                x = mix(scalars.resid[i], x, scalars.initial[i], x0)
+                x = weighted_sum(scalars.resid[i], x, scalars.initial[i], x0)
             x = block(config, layer, x, rope, partial(attend, i))
         if i == config.n_layer // 2:
             x_mid = x
     if scalars:
-        x = mix(1.0, x, -scalars.backout, x_mid)
+        x = weighted_sum(1.0, x, -scalars.backout, x_mid)
     return norm(x)
 
 
@@ -351,7 +351,7 @@ def relu_squared(x: jax.Array) -> jax.Array:
 
 
 @rematerialised
-def mix(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
+def weighted_sum(a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
     """a·x + b·y with float32 scalars, in x's dtype."""
     return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
 
@@ -401,13 +401,13 @@ def _rotate_flipped(x, cos, sin):
 
 def smear(x_BTD, gate_1C, smear_lambda_1):
     """Adds to each position but the first a gated part of the one before it (2026)."""
-    smeared = add_before(x_BTD[:, 1:], x_BTD[:, :-1], gate_1C, smear_lambda_1)
+    smeared = add_previous(x_BTD[:, 1:], x_BTD[:, :-1], gate_1C, smear_lambda_1)
     return jnp.concatenate([x_BTD[:, :1], smeared], axis=1)
 
 
-def add_before(here_BTD, before_BTD, gate_1C, smear_lambda_1):
+def add_previous(here_BTD, before_BTD, gate_1C, smear_lambda_1):
     gate = jax.nn.sigmoid(linear(here_BTD[..., :SMEAR_CHANNELS], gate_1C).astype(jnp.float32))
-    return mix(1.0, here_BTD, smear_lambda_1[0] * gate, before_BTD)
+    return weighted_sum(1.0, here_BTD, smear_lambda_1[0] * gate, before_BTD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

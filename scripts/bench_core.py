@@ -23,10 +23,10 @@ from nanochat_jax.checkpoint import LoadedModel, load_model
 from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.distributed import provenance, say, start
-from nanochat_jax.evals.core import Asked, ask, is_correct
+from nanochat_jax.evals.core import PreparedQuestion, is_correct, prepare_questions
 from nanochat_jax.evals.core_tasks import find_bundle, how_to_get, read_bundle
-from nanochat_jax.evals.scoring import LEAST_PREFIX, Scorer
-from nanochat_jax.evals.scoring_batches import Score, Span, bucket
+from nanochat_jax.evals.scoring import MIN_PREFIX, Scorer
+from nanochat_jax.evals.scoring_batches import Span, SpanScore, bucket
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.runs import run_folder
 from nanochat_jax.sharding import from_logical, make_mesh
@@ -57,7 +57,9 @@ def main() -> None:
     loaded = load_model(run_folder(config.run))
     wanted = {name.strip() for name in config.tasks.split(",") if name.strip()}
     tasks = [task for task in read_bundle(path).tasks if not wanted or task.label in wanted]
-    asked = [q for task in tasks for q in ask(task, loaded.tokenizer, config.max_per_task)]
+    asked = [
+        q for task in tasks for q in prepare_questions(task, loaded.tokenizer, config.max_per_task)
+    ]
     mesh = make_mesh(1)
     scorer = Scorer(
         loaded.model,
@@ -76,12 +78,12 @@ def second_time[T](run: Callable[[], T]) -> tuple[T, float]:
     return run(), time.perf_counter() - began
 
 
-def one_at_a_time(loaded: LoadedModel, asked: list[Asked]) -> list[list[Score]]:
+def one_at_a_time(loaded: LoadedModel, asked: list[PreparedQuestion]) -> list[list[SpanScore]]:
     return [_whole(loaded.model, loaded.params, question.spans) for question in asked]
 
 
-def _whole(model: GPT, params: Params, spans: list[Span]) -> list[Score]:
-    width = bucket(max(len(span.tokens) for span in spans), LEAST_PREFIX[model.attention])
+def _whole(model: GPT, params: Params, spans: list[Span]) -> list[SpanScore]:
+    width = bucket(max(len(span.tokens) for span in spans), MIN_PREFIX[model.attention])
     tokens = np.zeros((len(spans), width), np.int32)
     for row, span in zip(tokens, spans, strict=True):
         row[: len(span.tokens)] = span.tokens
@@ -89,7 +91,7 @@ def _whole(model: GPT, params: Params, spans: list[Span]) -> list[Score]:
     scores = []
     for i, span in enumerate(spans):
         part = slice(span.start - 1, len(span.tokens) - 1)
-        scores.append(Score(losses[i, part], likeliest[i, part] == span.tokens[span.start :]))
+        scores.append(SpanScore(losses[i, part], likeliest[i, part] == span.tokens[span.start :]))
     return scores
 
 

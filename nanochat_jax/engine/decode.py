@@ -26,10 +26,10 @@ from nanochat_jax.gpt import (
     SOFTCAP,
     GPTConfig,
     Params,
-    add_before,
+    add_previous,
     embed,
     linear,
-    look_up,
+    lookup_value_embeds,
     norm,
     residual_scalars,
     rotary,
@@ -78,7 +78,7 @@ def extend_cache(config: GPTConfig, dtype: Any, weights, cache: Cache, tokens_RT
         x = _embed(config, dtype, weights, cache, tokens_RT)
     positions_RT = cache.lengths_R[:, None] + jnp.arange(tokens_RT.shape[1])
     rope = rotary(positions_RT, config.head_dim, config.rope_base)
-    layers = look_up(weights["layers"], tokens_RT, dtype)
+    layers = lookup_value_embeds(weights["layers"], tokens_RT, dtype)
     x = transform(config, layers, weights["scalars"], x, rope, attend_layer)
     with jax.named_scope("head"):
         end_R = jnp.maximum(counts_R - 1, 0)
@@ -97,7 +97,7 @@ def _embed(config: GPTConfig, dtype, weights, cache: Cache, tokens_RT):
     with_last = jnp.concatenate([cache.last_R[:, None], tokens_RT], axis=1)
     x = norm(embed(weights["wte"], with_last, dtype))
     before = x[:, :-1].at[:, 0].multiply((cache.lengths_R > 0).astype(dtype)[:, None])
-    return add_before(x[:, 1:], before, weights["smear_gate"], weights["smear_lambda"])
+    return add_previous(x[:, 1:], before, weights["smear_gate"], weights["smear_lambda"])
 
 
 # --- the state of the rows ------------------------------------------------------------------------

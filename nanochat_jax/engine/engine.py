@@ -144,7 +144,7 @@ class Engine:
         """
         assert self._state is not None
         leaves = jax.tree_util.tree_flatten_with_path(self._weights)[0]
-        tables = ("wte", "table")
+        tables = ("wte", "ve_table")
         weights = sum(w.nbytes for path, w in leaves if parameter_name(path) not in tables)
         return weights + sum(x.nbytes for x in jax.tree.leaves(self._state.cache)) // self.n_devices
 

@@ -17,8 +17,8 @@ from nanochat_jax.distributed import share_out
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, resampled_means
 from nanochat_jax.evals.generation import MAX_PROMPT, Drawing, _answer, pass_at_k
-from nanochat_jax.evals.scoring import Progress, Scorer
-from nanochat_jax.evals.scoring_batches import Score, Span
+from nanochat_jax.evals.scoring import ProgressCallback, Scorer
+from nanochat_jax.evals.scoring_batches import Span, SpanScore
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def evaluate_categorical(
     scorer: Scorer,
     tokenizer: Tokenizer,
     task: Task,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> ChatResult:
     """The arg-max over the letters of each question, judged by the task."""
     conversations = [task[i] for i in range(len(task))]
@@ -104,7 +104,7 @@ def letter_spans(tokenizer: Tokenizer, conversation: Conversation) -> list[Span]
     return found
 
 
-def likeliest_letter(conversation: Conversation, scores: Sequence[Score]) -> str:
+def likeliest_letter(conversation: Conversation, scores: Sequence[SpanScore]) -> str:
     losses = [score.losses[0] for score in scores]
     return conversation["letters"][int(np.argmin(losses))]
 
@@ -117,7 +117,7 @@ def evaluate_generative(
     tokenizer: Tokenizer,
     task: Task,
     drawing: Drawing,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> ChatResult:
     """Answers of every question, judged by the task.
 

@@ -15,19 +15,19 @@ from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, res
 from nanochat_jax.evals.core_tasks import (
     Bundle,
     CoreTask,
-    Encoder,
+    PromptEncoder,
     Published,
     examples_for,
     find_scored,
     spans,
 )
-from nanochat_jax.evals.scoring import Progress, Scorer
-from nanochat_jax.evals.scoring_batches import Score, Span
+from nanochat_jax.evals.scoring import ProgressCallback, Scorer
+from nanochat_jax.evals.scoring_batches import Span, SpanScore
 from nanochat_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedQuestion:
     """A question as it is scored; `gold` is the right option, None for a continuation."""
 
     spans: list[Span]
@@ -60,16 +60,16 @@ class TaskResult:
         }
 
 
-def ask(
+def prepare_questions(
     task: CoreTask, tokenizer: Tokenizer, max_per_task: int = -1, max_length: int | None = None
-) -> list[Asked]:
+) -> list[PreparedQuestion]:
     """The questions of a task, ready to be scored.
 
     `max_per_task` (negative: all) takes the first ones; examples come from among them. Prompts are
     cut on the left to `max_length` tokens, as models need that cannot read longer ones.
     """
     questions = task.questions(max_per_task)
-    encoder = Encoder(tokenizer, questions, task.kind, task.delimiter)
+    encoder = PromptEncoder(tokenizer, questions, task.kind, task.delimiter)
     asked = []
     for index, question in enumerate(questions):
         examples = examples_for(index, len(questions), task.num_fewshot)
@@ -77,13 +77,13 @@ def ask(
             encoded = find_scored(encoder.prompts(index, examples), task.kind)
         except ValueError as error:
             raise ValueError(f"CORE task {task.label}, question {index}: {error}") from None
-        asked.append(Asked(spans(encoded, max_length), question.get("gold")))
+        asked.append(PreparedQuestion(spans(encoded, max_length), question.get("gold")))
     return asked
 
 
-def is_correct(asked: Asked, scores: Sequence[Score]) -> bool:
+def is_correct(asked: PreparedQuestion, scores: Sequence[SpanScore]) -> bool:
     if asked.gold is None:
-        return bool(scores[0].hits.all())
+        return bool(scores[0].is_argmax.all())
     losses = [score.mean_loss for score in scores]
     return losses.index(min(losses)) == asked.gold
 
@@ -95,10 +95,10 @@ def evaluate_core(
     *,
     max_per_task: int = -1,
     max_length: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> list[TaskResult]:
-    """The result of every task of the bundle; see `ask` for the limits, Scorer for `progress`."""
-    asked = [ask(task, tokenizer, max_per_task, max_length) for task in bundle.tasks]
+    """The result of every task; see `prepare_questions` for the limits, Scorer for `progress`."""
+    asked = [prepare_questions(task, tokenizer, max_per_task, max_length) for task in bundle.tasks]
     scores = iter(scorer.score([each.spans for of_task in asked for each in of_task], progress))
     return [
         TaskResult(

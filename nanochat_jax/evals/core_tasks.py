@@ -233,7 +233,7 @@ def prompts(examples: Sequence[Question], question: Question, kind: str, delimit
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-class Encoder:
+class PromptEncoder:
     """Tokens of a task's prompts. A question's text as an example is encoded once.
 
     That is exact where the split pattern cuts behind a blank line, which it does if no white space

@@ -24,7 +24,7 @@ from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.evals.scoring_batches import Score, Span
+from nanochat_jax.evals.scoring_batches import Span, SpanScore
 from nanochat_jax.runs import run_folder
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
@@ -81,7 +81,9 @@ class Harness:
             for context, same in groupby(pairs, key=lambda pair: pair[0])
         ]
         scores = self._scorer.score(groups)
-        return [(_log_p([score]), bool(score.hits.all())) for group in scores for score in group]
+        return [
+            (_log_p([score]), bool(score.is_argmax.all())) for group in scores for score in group
+        ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Of each (text,): log p of all its tokens, in windows of at most `max_length`."""
@@ -218,5 +220,5 @@ def _sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
     return Sampling(temperature, top_k, top_p, seed=seed)
 
 
-def _log_p(scores: Sequence[Score]) -> float:
+def _log_p(scores: Sequence[SpanScore]) -> float:
     return -float(sum(score.losses.sum(dtype=np.float64) for score in scores))

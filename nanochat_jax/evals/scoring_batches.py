@@ -1,6 +1,6 @@
-"""Questions to rows to batches: what scoring.py runs, as NumPy arrays.
+"""Spans to rows to batches: what scoring.py runs, as NumPy arrays.
 
-Shapes: B rows, P tokens of a prefix, C tokens of a row's tails.
+Shapes: B rows, P tokens of a prefix, C tokens of all continuations of a row.
 """
 
 from collections import Counter
@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_TAIL = 512  # tokens of a row's tails; each of them is compared with each
-LEAST_TAIL = 16
+MAX_CONTINUATION = 512  # tokens of a row's continuations: attention among them is quadratic
+MIN_CONTINUATION = 16
 SMALL_SHARE = 1 / 500  # of all tokens: leaves CORE some 20 shapes and a quarter of padding
-EVERYTHING = int(np.iinfo(np.int32).max)
 
 type Shape = tuple[int, int]  # (P, C)
 
@@ -24,77 +23,73 @@ class Span(NamedTuple):
     start: int
 
 
-class Score(NamedTuple):
-    """What the model says of a span's scored tokens, one number each."""
+class SpanScore(NamedTuple):
+    """One number for each scored token of a span."""
 
     losses: np.ndarray  # float32: −log p, nats
-    hits: np.ndarray  # bool: whether it is the likeliest token there
+    is_argmax: np.ndarray  # bool: whether it is the most likely token there
 
     @property
     def mean_loss(self) -> float:
         return float(self.losses.mean())
 
 
-# --- questions to rows ----------------------------------------------------------------------------
+# --- spans to rows --------------------------------------------------------------------------------
 
 
-class Tail(NamedTuple):
+class Continuation(NamedTuple):
     """Tokens behind a row's prefix; all after the first `skip` + 1 are scored."""
 
     tokens: np.ndarray
     skip: int
-    owner: tuple[int, int]  # (group, span) that the scores belong to
-    at: int = 0  # where they begin among the span's scores
+    span_id: tuple[int, int]  # (group, span) that the scores belong to
+    offset: int = 0  # where they begin among the span's scores
 
 
-class Row(NamedTuple):
+class ScoringRow(NamedTuple):
     prefix: np.ndarray
-    tails: list[Tail]
-    first: int = 0  # position of the prefix's first token in the whole text
+    continuations: list[Continuation]
+    first_position: int = 0  # of the prefix in the whole text
 
     @property
-    def tail_tokens(self) -> int:
-        return sum(len(tail.tokens) for tail in self.tails)
+    def n_continued(self) -> int:
+        return sum(len(each.tokens) for each in self.continuations)
 
 
-def rows_of(group: int, spans: Sequence[Span], reach: int = EVERYTHING) -> list[Row]:
-    """One row for all spans of a question where their beginning is the same, else one for each.
+def rows_of(group: int, spans: Sequence[Span], context_len: int) -> list[ScoringRow]:
+    """One row for all spans of a group that begin alike, else at least one for each.
 
-    Of each prefix the last `reach` tokens are kept.
+    Only the last `context_len` tokens of each prefix are kept.
     """
+    first = spans[0].tokens
+    # The last common token begins every continuation: its logits score the second token.
+    cut = min(min(common_length(first, span.tokens), span.start) for span in spans) - 1
+    continuations = [
+        Continuation(span.tokens[cut:], span.start - 1 - cut, (group, i))
+        for i, span in enumerate(spans)
+    ]
+    rows = [ScoringRow(first[: max(cut, 0)], continuations)]
+    if cut < 0 or rows[0].n_continued > MAX_CONTINUATION:
+        rows = [row for i, span in enumerate(spans) for row in _rows_of_span(span, (group, i))]
     return [
-        row._replace(prefix=row.prefix[-reach:], first=max(0, len(row.prefix) - reach))
-        for row in _whole_rows(group, spans)
+        row._replace(
+            prefix=row.prefix[-context_len:], first_position=max(0, len(row.prefix) - context_len)
+        )
+        for row in rows
     ]
 
 
-def _whole_rows(group: int, spans: Sequence[Span]) -> list[Row]:
-    # The last common token is every tail's first: its logits score the second.
-    cut = min(_common_prefix(spans), *(span.start for span in spans)) - 1
-    tails = [
-        Tail(span.tokens[cut:], span.start - 1 - cut, (group, i)) for i, span in enumerate(spans)
-    ]
-    row = Row(spans[0].tokens[: max(cut, 0)], tails)
-    if cut >= 0 and row.tail_tokens <= MAX_TAIL:
-        return [row]
-    return [part for i, span in enumerate(spans) for part in _pieces(span, (group, i))]
-
-
-def _pieces(span: Span, owner: tuple[int, int]) -> Iterator[Row]:
-    """A span alone, in rows whose tails are not too long: each goes on where the last one ended."""
+def _rows_of_span(span: Span, span_id: tuple[int, int]) -> Iterator[ScoringRow]:
+    """A span alone, in rows of limited length: each begins where the one before it ended."""
     end = len(span.tokens)
-    for first in range(span.start - 1, end - 1, MAX_TAIL - 1):
-        tail = span.tokens[first : min(first + MAX_TAIL, end)]
-        yield Row(span.tokens[:first], [Tail(tail, 0, owner, first + 1 - span.start)])
-
-
-def _common_prefix(spans: Sequence[Span]) -> int:
-    first, *others = (span.tokens for span in spans)
-    return min((common_length(first, other) for other in others), default=len(first))
+    for first in range(span.start - 1, end - 1, MAX_CONTINUATION - 1):
+        tokens = span.tokens[first : min(first + MAX_CONTINUATION, end)]
+        continuation = Continuation(tokens, 0, span_id, first + 1 - span.start)
+        yield ScoringRow(span.tokens[:first], [continuation])
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two rows have in common from the left."""
+    """How many tokens two texts have in common from the left."""
     shared = min(len(a), len(b))
     different = a[:shared] != b[:shared]
     return int(different.argmax()) if different.any() else shared
@@ -103,41 +98,45 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
 def bucket(size: int, least: int) -> int:
     """The first of least, 2·least, 3·least, 4·least, 6·least, 8·least, … that holds `size`."""
     power = least
-    while True:
-        for step in (power, power * 3 // 2):
-            if size <= step and (step == power or power > least):
-                return step
+    while size > power:
+        if power > least and size <= power * 3 // 2:
+            return power * 3 // 2
         power *= 2
+    return power
 
 
 # --- rows to batches ------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+class ScoringBatch(NamedTuple):
     """Rows of one shape as arrays, int32, padded on the right."""
 
     prefix_BP: Any
     prefix_length_B: Any
-    first_B: Any  # position of the prefix's first token
-    tail_BC: Any
-    before_BC: Any  # the token before each of the tail; −1 for none
+    first_position_B: Any  # of the prefix in the whole text
+    token_BC: Any  # of the continuations
+    before_BC: Any  # the token before each of them; −1 for none
     position_BC: Any
-    segment_BC: Any  # which tail of the row; −1 is padding
-    target_BC: Any  # the token to score behind each; −1 for none
+    segment_BC: Any  # number of the continuation in its row; −1 is padding
+    target_BC: Any  # the token to score after each; −1 for none
 
 
 def shapes_of(
-    rows: Sequence[Row], least_prefix: int, budget: int, reach: int = EVERYTHING
+    rows: Sequence[ScoringRow], min_prefix: int, budget: int, context_len: int
 ) -> list[Shape]:
-    """The shape of each row, whose prefix has at most `reach` tokens.
+    """The shape of each row, whose prefix has at most `context_len` tokens.
 
-    Compiling a shape is dear, so its rows join the next larger one in use where that adds little
-    padding: a batch of it, or a small share of all there is to compute.
+    Compiling a shape is expensive, so its rows join the next larger one in use where that adds
+    little padding: one batch of it, or a small share of all there is to compute.
     """
-    widest = -(-reach // least_prefix) * least_prefix
-    prefixes = [min(widest, bucket(len(row.prefix), least_prefix)) for row in rows]
-    tails = [bucket(row.tail_tokens, LEAST_TAIL) for row in rows]
-    exact = list(zip(prefixes, tails, strict=True))
+    widest = -(-context_len // min_prefix) * min_prefix
+    exact = [
+        (
+            min(widest, bucket(len(row.prefix), min_prefix)),
+            bucket(row.n_continued, MIN_CONTINUATION),
+        )
+        for row in rows
+    ]
     counts = Counter(exact)
     allowed = max(budget, SMALL_SHARE * sum(map(sum, exact)))
     moved: dict[Shape, Shape] = {}
@@ -147,24 +146,21 @@ def shapes_of(
         if joined != shape and counts[shape] * (sum(joined) - sum(shape)) <= allowed:
             moved[shape] = joined
             counts[joined] += counts.pop(shape)
-    return [_follow(moved, shape) for shape in exact]
-
-
-def _follow(moved: dict[Shape, Shape], shape: Shape) -> Shape:
-    while shape in moved:
-        shape = moved[shape]
-    return shape
+    # From the largest down, so that each shape points straight to its last one.
+    for shape in reversed(moved):
+        moved[shape] = moved.get(moved[shape], moved[shape])
+    return [moved.get(shape, shape) for shape in exact]
 
 
 def batches_of(
-    rows: Sequence[Row], least_prefix: int, budget: int, n_devices: int, reach: int = EVERYTHING
-) -> list[tuple[Shape, int, list[Row]]]:
+    rows: Sequence[ScoringRow], min_prefix: int, budget: int, n_devices: int, context_len: int
+) -> list[tuple[Shape, int, list[ScoringRow]]]:
     """(shape, rows of the batch as compiled, the rows), the largest shapes first.
 
-    `budget` is in tokens, padding included, for a device; the batches of a shape are equally full.
+    `budget` is in tokens of one device, padding included; batches of one shape are equally full.
     """
-    by_shape: dict[Shape, list[Row]] = {}
-    for row, shape in zip(rows, shapes_of(rows, least_prefix, budget, reach), strict=True):
+    by_shape: dict[Shape, list[ScoringRow]] = {}
+    for row, shape in zip(rows, shapes_of(rows, min_prefix, budget, context_len), strict=True):
         by_shape.setdefault(shape, []).append(row)
     batches = []
     for shape in sorted(by_shape, key=sum, reverse=True):
@@ -177,28 +173,27 @@ def batches_of(
     return batches
 
 
-def fill(shape: Shape, size: int, rows: Sequence[Row]) -> Batch:
-    """The arrays of a batch of `size` rows; those that are missing are padding."""
-    width, tail_width = shape
-    batch = Batch(
-        np.zeros((size, width), np.int32),
+def fill(shape: Shape, size: int, rows: Sequence[ScoringRow]) -> ScoringBatch:
+    """The arrays of a batch of `size` rows; missing rows are padding."""
+    P, C = shape
+    batch = ScoringBatch(
+        np.zeros((size, P), np.int32),
         *(np.zeros(size, np.int32) for _ in range(2)),
-        *(np.zeros((size, tail_width), np.int32) for _ in range(3)),
-        *(np.full((size, tail_width), -1, np.int32) for _ in range(2)),
+        *(np.zeros((size, C), np.int32) for _ in range(3)),
+        *(np.full((size, C), -1, np.int32) for _ in range(2)),
     )
     for b, row in enumerate(rows):
         length = len(row.prefix)
         batch.prefix_BP[b, :length] = row.prefix
         batch.prefix_length_B[b] = length
-        batch.first_B[b] = row.first
-        at = 0
-        for number, tail in enumerate(row.tails):
-            here = (b, slice(at, at + len(tail.tokens)))
-            batch.tail_BC[here] = tail.tokens
-            before = row.prefix[-1] if length else -1
-            batch.before_BC[here] = [before, *tail.tokens[:-1]]
-            batch.position_BC[here] = row.first + length + np.arange(len(tail.tokens))
+        batch.first_position_B[b] = row.first_position
+        end = 0
+        for number, (tokens, skip, _, _) in enumerate(row.continuations):
+            first, end = end, end + len(tokens)
+            here = (b, slice(first, end))
+            batch.token_BC[here] = tokens
+            batch.before_BC[here] = [row.prefix[-1] if length else -1, *tokens[:-1]]
+            batch.position_BC[here] = row.first_position + length + np.arange(len(tokens))
             batch.segment_BC[here] = number
-            batch.target_BC[b, at + tail.skip : here[1].stop - 1] = tail.tokens[tail.skip + 1 :]
-            at = here[1].stop
+            batch.target_BC[b, first + skip : end - 1] = tokens[skip + 1 :]
     return batch

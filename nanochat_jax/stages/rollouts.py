@@ -19,7 +19,7 @@ from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.generation import pass_at_k
-from nanochat_jax.evals.scoring import Progress
+from nanochat_jax.evals.scoring import ProgressCallback
 from nanochat_jax.stages.policy import Rollout
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
@@ -185,7 +185,7 @@ def measure(
     n: int,
     at_once: int,
     stopped: Callable[[], bool],
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> dict[str, float] | None:
     """pass@k of all questions of a task for k = 1 … n, and the mean length; None when stopped.
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import make_run
 
 from nanochat_jax.evals.core import (
-    Asked,
+    PreparedQuestion,
     TaskResult,
     comparison,
     core_csv,
@@ -21,7 +21,7 @@ from nanochat_jax.evals.core import (
 from nanochat_jax.evals.core_tasks import (
     Bundle,
     CoreTask,
-    Encoder,
+    PromptEncoder,
     examples_for,
     find_scored,
     prompts,
@@ -29,7 +29,7 @@ from nanochat_jax.evals.core_tasks import (
     spans,
 )
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.evals.scoring_batches import Score
+from nanochat_jax.evals.scoring_batches import SpanScore
 from nanochat_jax.gpt import GPT, GPTConfig, init_params
 from nanochat_jax.interop.names import params_from_torch
 from nanochat_jax.sharding import from_logical, make_mesh
@@ -67,7 +67,7 @@ def scorer(model_and_params):
 def encode_rows(task, tokenizer):
     meta, data = task["task_meta"], task["data"]
     kind, delimiter = meta["task_type"], meta["continuation_delimiter"]
-    encoder = Encoder(tokenizer, data, kind, delimiter)
+    encoder = PromptEncoder(tokenizer, data, kind, delimiter)
     for row in task["rows"]:
         examples = examples_for(row["idx"], len(data), meta["num_fewshot"])
         yield row, examples, find_scored(encoder.prompts(row["idx"], examples), kind)
@@ -88,11 +88,11 @@ def test_the_original_s_prompts_and_tokens(original, tokenizer):
 
 
 def check_row(row, data, scores):
-    asked = Asked([], data[row["idx"]].get("gold"))
+    asked = PreparedQuestion([], data[row["idx"]].get("gold"))
     if "mean_losses" not in row:
         assert scores[0].mean_loss == pytest.approx(row["mean_loss"], abs=2e-5)
         tokens = zip(row["predicted_tokens"], row["actual_tokens"], strict=True)
-        assert scores[0].hits.tolist() == [predicted == actual for predicted, actual in tokens]
+        assert scores[0].is_argmax.tolist() == [predicted == actual for predicted, actual in tokens]
         assert is_correct(asked, scores) == row["correct"]
         return
     losses = [score.mean_loss for score in scores]
@@ -135,7 +135,7 @@ def test_the_original_s_answers_on_cut_prompts(original, tokenizer, scorer):
 @pytest.mark.golden
 def test_a_continuation_whose_tokens_change_the_context_s(original, tokenizer):
     wrong = original["lm_non_prefix_error"]
-    encoder = Encoder(tokenizer, [wrong["item"]], "language_modeling", wrong["delimiter"])
+    encoder = PromptEncoder(tokenizer, [wrong["item"]], "language_modeling", wrong["delimiter"])
     with pytest.raises(ValueError, match="no prefix"):
         find_scored(encoder.prompts(0, []), "language_modeling")
 
@@ -201,9 +201,9 @@ def test_an_empty_context_leaves_no_blank_line_before_the_continuation():
 
 
 def test_the_first_of_equal_options_is_taken():
-    score = Score(np.ones(2, np.float32), np.ones(2, bool))
-    assert is_correct(Asked([], 0), [score, score])
-    assert not is_correct(Asked([], 1), [score, score])
+    score = SpanScore(np.ones(2, np.float32), np.ones(2, bool))
+    assert is_correct(PreparedQuestion([], 0), [score, score])
+    assert not is_correct(PreparedQuestion([], 1), [score, score])
 
 
 # --- the real bundle ------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_encoding_examples_apart_changes_no_token(bundle, tokenizer):
     """In every task, for its longest questions too."""
     for task in bundle.tasks:
         data = task.questions(40)
-        encoder = Encoder(tokenizer, data, task.kind, task.delimiter)
+        encoder = PromptEncoder(tokenizer, data, task.kind, task.delimiter)
         for index in range(4):
             examples = examples_for(index, len(data), task.num_fewshot)
             shown = [data[i] for i in examples]

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.scoring_batches import (
-    MAX_TAIL,
+    MAX_CONTINUATION,
     Span,
     batches_of,
     bucket,
@@ -19,7 +19,8 @@ from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
 from nanochat_jax.sharding import from_logical, make_mesh
 
 VOCAB = 96
-LONGEST = MAX_TAIL + 150
+CONTEXT = 10_000  # longer than any text here
+LONGEST = MAX_CONTINUATION + 150
 
 
 def random_model(recipe: str):
@@ -44,7 +45,7 @@ def tiny(request):
 
 
 def plain(model, params, span: Span):
-    """(losses, hits) of a span, from the logits of the whole text."""
+    """(losses, is_argmax) of a span, from the logits of the whole text."""
     padded = np.zeros((1, LONGEST), np.int32)  # on the right, where a causal model does not look
     padded[0, : len(span.tokens)] = span.tokens
     logprobs = np.asarray(log_softmax(model, params, padded))[0, : len(span.tokens)]
@@ -87,9 +88,9 @@ def test_scores_are_those_of_the_whole_text(tiny, n_devices):
     scorer = make_scorer(*tiny, n_devices, tokens_per_device=512)
     for group, scores in zip(groups, scorer.score(groups), strict=True):
         for span, score in zip(group, scores, strict=True):
-            losses, hits = plain(*tiny, span)
+            losses, is_argmax = plain(*tiny, span)
             np.testing.assert_allclose(score.losses, losses, atol=2e-5)
-            np.testing.assert_array_equal(score.hits, hits)
+            np.testing.assert_array_equal(score.is_argmax, is_argmax)
 
 
 def test_a_long_ending_is_scored_in_pieces():
@@ -97,7 +98,7 @@ def test_a_long_ending_is_scored_in_pieces():
     rng = np.random.default_rng(2)
     long = Span(text(rng, LONGEST), 3)
     short = Span(np.concatenate([long.tokens[:3], text(rng, 2)]), 3)
-    assert len(rows_of(0, [long, short])) == 3
+    assert len(rows_of(0, [long, short], CONTEXT)) == 3
     long_score, short_score = make_scorer(model, params).score([[long, short]])[0]
     np.testing.assert_allclose(long_score.losses, plain(model, params, long)[0], atol=2e-5)
     np.testing.assert_allclose(short_score.losses, plain(model, params, short)[0], atol=2e-5)
@@ -106,26 +107,27 @@ def test_a_long_ending_is_scored_in_pieces():
 def test_every_row_is_in_one_batch_and_batches_keep_the_budget():
     rng = np.random.default_rng(3)
     spans = [Span(text(rng, int(n)), max(1, int(n) - 5)) for n in rng.integers(6, 900, 300)]
-    rows = [row for i, span in enumerate(spans) for row in rows_of(i, [span])]
-    batches = batches_of(rows, 32, 4096, 4)
-    owners = [tail.owner for _, _, batch in batches for row in batch for tail in row.tails]
-    assert sorted(owners) == [(i, 0) for i in range(300)]
-    for (width, tail_width), size, batch in batches:
+    rows = [row for i, span in enumerate(spans) for row in rows_of(i, [span], CONTEXT)]
+    batches = batches_of(rows, 32, 4096, 4, CONTEXT)
+    span_ids = [each.span_id for _, _, b in batches for row in b for each in row.continuations]
+    assert sorted(span_ids) == [(i, 0) for i in range(300)]
+    for (width, cont_width), size, batch in batches:
         assert len(batch) <= size
         assert size % 4 == 0
-        assert size // 4 * (width + tail_width) <= 4096
+        assert size // 4 * (width + cont_width) <= 4096
         assert all(len(row.prefix) <= width for row in batch)
-        assert all(row.tail_tokens <= tail_width for row in batch)
+        assert all(row.n_continued <= cont_width for row in batch)
     padded = sum(size * sum(shape) for shape, size, _ in batches)
     assert padded < 1.6 * sum(len(span.tokens) for span in spans)
 
 
 def test_a_few_rows_join_the_next_shape_only_where_it_is_cheap():
-    row = rows_of(0, [Span(np.zeros(20, np.int32), 15)])[0]
-    near = rows_of(1, [Span(np.zeros(60, np.int32), 55)])[0]
-    far = rows_of(2, [Span(np.zeros(3000, np.int32), 2990)])[0]
-    assert shapes_of([row, near], 32, 1000) == [(64, 16)] * 2
-    assert shapes_of([row, far], 32, 1000) == [(32, 16), (3072, 16)]
+    def row(length: int, start: int):
+        return rows_of(0, [Span(np.zeros(length, np.int32), start)], CONTEXT)[0]
+
+    near, far = row(60, 55), row(3000, 2990)
+    assert shapes_of([row(20, 15), near], 32, 1000, CONTEXT) == [(64, 16)] * 2
+    assert shapes_of([row(20, 15), far], 32, 1000, CONTEXT) == [(32, 16), (3072, 16)]
 
 
 @pytest.mark.parametrize("least", [32, 128])
