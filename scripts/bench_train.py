@@ -70,7 +70,7 @@ class BenchTrainConfig:
     """Also write the JSON object here."""
 
 
-class Bench:
+class StepBench:
     """The step of a configuration with `accumulation` micro-batches, compiled and warm."""
 
     def __init__(self, config: BenchTrainConfig):
@@ -131,7 +131,7 @@ def _plan(config: BenchTrainConfig, n_devices: int) -> scaling.Plan:
 
 
 def measure(config: BenchTrainConfig) -> dict[str, Any]:
-    bench = Bench(config)
+    bench = StepBench(config)
     fixed = bench.batch(0)
     times = bench.seconds(iter(lambda: fixed, None), config.steps)
     step_s = statistics.median(times)
@@ -167,13 +167,13 @@ def _micro_batch_ms(config: BenchTrainConfig, fastest_s: float) -> float | None:
     """Time of one micro-batch: what one more of them adds to a step. None without accumulation."""
     if config.accumulation == 1:
         return None
-    fewer = Bench(replace(config, accumulation=config.accumulation - 1))
+    fewer = StepBench(replace(config, accumulation=config.accumulation - 1))
     fixed = fewer.batch(0)
     without = min(fewer.seconds(iter(lambda: fixed, None), config.steps))
     return 1e3 * (fastest_s - without)
 
 
-def _data_wait_share(bench: Bench) -> float | None:
+def _data_wait_share(bench: StepBench) -> float | None:
     """Share of the time that steps wait for the input pipeline; None without --packing."""
     config = bench.config
     if config.packing is None:
@@ -199,7 +199,7 @@ def _data_wait_share(bench: Bench) -> float | None:
     return sum(waits[config.warmup :]) / sum(times)
 
 
-def _peak_gib(bench: Bench) -> float | None:
+def _peak_gib(bench: StepBench) -> float | None:
     """What the device says it used at most; without that, what the compiler planned."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:

@@ -20,7 +20,7 @@ from nanochat_jax.data.shards import DocumentBlocks
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.tokenizer import Tokenizer
 
-AHEAD = 3  # batches that the device may have before it at once
+MAX_IN_FLIGHT = 3  # batches queued on the device
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -42,7 +42,7 @@ def evaluate(
     sums = []
     for batch in batches:
         sums.append(eval_step(params, batch, token_bytes_V))
-        jax.block_until_ready(sums[-AHEAD:][0])
+        jax.block_until_ready(sums[-MAX_IN_FLIGHT:][0])
     sums = jax.device_get(sums)
     nats, n_bytes, loss, tokens = (
         math.fsum(float(batch[name]) for batch in sums)
@@ -67,54 +67,54 @@ def gzip_bits_per_byte(shards: Sequence[Path], n_bytes: int) -> float:
     return 8 * len(gzip.compress(text, 9)) / len(text) if text else math.inf
 
 
-# --- How a model reads a text of one's own: what it expected at every token, and bits ---
+# --- the log-probability of every token of a text -------------------------------------------------
 
-BUCKET = 128  # piece lengths are multiples of this, as cuDNN wants them
+BUCKET = 128  # lengths of the pieces are multiples of this, as cuDNN wants them
 
 
-class Reading(NamedTuple):
-    """Every token with its log-probability in nats, and the likeliest ones, likeliest first."""
+class TokenLogprobs(NamedTuple):
+    """Every token with its log-probability in nats, and the K most likely ones in its place."""
 
     tokens_T: np.ndarray
-    log_p_T: np.ndarray
-    best_TK: np.ndarray
-    best_log_p_TK: np.ndarray
+    logprobs_T: np.ndarray
+    top_TK: np.ndarray  # token ids, the most likely first
+    top_logprobs_TK: np.ndarray
     n_bytes: int
 
     @property
     def bits_per_byte(self) -> float:
-        return bits_per_byte(-float(self.log_p_T.sum(dtype=np.float64)), self.n_bytes)
+        return bits_per_byte(-float(self.logprobs_T.sum(dtype=np.float64)), self.n_bytes)
 
 
-def read(
-    model: GPT, params: Params, tokenizer: Tokenizer, text: str, alternatives: int = 3
-) -> Reading:
-    """The reading of a text by whole (unpadded) parameters; ValueError for an empty text."""
+def token_logprobs(
+    model: GPT, params: Params, tokenizer: Tokenizer, text: str, top: int = 3
+) -> TokenLogprobs:
+    """How likely whole (unpadded) parameters find each token of a text.
+
+    Texts longer than the trained length are cut into pieces of that length, each scored without
+    what comes before it. ValueError for an empty text.
+    """
     if not text:
-        raise ValueError("an empty text has no token that could be expected")
+        raise ValueError("an empty text has no tokens to score")
     tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
     width = min(model.config.sequence_len, -(-len(tokens) // BUCKET) * BUCKET)
     cuts = [*range(0, len(tokens) - 1, width), len(tokens) - 1]
-    pieces = [
-        _read_piece(model, alternatives, params, tokens[first : last + 1], width)
-        for first, last in pairwise(cuts)
-    ]
-    log_p_T, best_TK, best_log_p_TK = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    return Reading(tokens[1:], log_p_T, best_TK, best_log_p_TK, len(text.encode()))
-
-
-def _read_piece(model: GPT, k: int, params: Params, tokens: np.ndarray, width: int):
-    """(log_p, best, best_log_p) of all tokens but the first."""
-    n = len(tokens) - 1
-    padded_BW = np.pad(tokens, (0, width - n))[None]
-    found = jax.device_get(_expect(model, k, params, padded_BW[:, :-1], padded_BW[:, 1:]))
-    return [array[0, :n] for array in found]
+    pieces = []
+    for first, last in pairwise(cuts):
+        n = last - first
+        padded_BW = np.pad(tokens[first : last + 1], (0, width - n))[None]
+        found = _logprobs(model, top, params, padded_BW[:, :-1], padded_BW[:, 1:])
+        pieces.append([array[0, :n] for array in jax.device_get(found)])
+    logprobs_T, top_TK, top_logprobs_TK = (
+        np.concatenate(parts) for parts in zip(*pieces, strict=True)
+    )
+    return TokenLogprobs(tokens[1:], logprobs_T, top_TK, top_logprobs_TK, len(text.encode()))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _expect(model: GPT, k: int, params: Params, tokens_BW, targets_BW):
+def _logprobs(model: GPT, top: int, params: Params, tokens_BW, targets_BW):
     logits_BWV: Any = model.apply({"params": params}, tokens_BW)
-    log_p_BWV = jax.nn.log_softmax(logits_BWV)
-    log_p_BW1 = jnp.take_along_axis(log_p_BWV, targets_BW[..., None], axis=-1)
-    best_log_p_BWK, best_BWK = jax.lax.top_k(log_p_BWV, k)
-    return log_p_BW1[..., 0], best_BWK, best_log_p_BWK
+    logprobs_BWV = jax.nn.log_softmax(logits_BWV)
+    of_targets_BW1 = jnp.take_along_axis(logprobs_BWV, targets_BW[..., None], axis=-1)
+    top_logprobs_BWK, top_BWK = jax.lax.top_k(logprobs_BWV, top)
+    return of_targets_BW1[..., 0], top_BWK, top_logprobs_BWK

@@ -1,4 +1,4 @@
-"""Reading a text: against the model's own losses, its arg-max, and across pieces."""
+"""Log-probabilities of a text: against the model's own losses, its arg-max, and across pieces."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.evals.bits_per_byte import read
+from nanochat_jax.evals.bits_per_byte import token_logprobs
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -33,17 +33,17 @@ def losses(model, params, tokens) -> np.ndarray:
     return np.asarray(run({"params": params}, *rows))[0]
 
 
-def test_a_long_text_is_read_in_pieces(loaded):
+def test_a_long_text_is_cut_into_pieces(loaded):
     model, params, tokenizer = loaded
     tokens = [tokenizer.bos_id, *tokenizer.encode(TEXT)]
     assert 2 * LENGTH < len(tokens) < 4 * LENGTH
     pieces = [tokens[i : i + LENGTH + 1] for i in range(0, len(tokens) - 1, LENGTH)]
     wanted = np.concatenate([losses(model, params, piece) for piece in pieces])
-    reading = read(*loaded, TEXT)
-    assert reading.tokens_T.tolist() == tokens[1:]
-    np.testing.assert_allclose(-reading.log_p_T, wanted, rtol=1e-5, atol=1e-5)
+    found = token_logprobs(*loaded, TEXT)
+    assert found.tokens_T.tolist() == tokens[1:]
+    np.testing.assert_allclose(-found.logprobs_T, wanted, rtol=1e-5, atol=1e-5)
     bits = wanted.sum() / np.log(2) / len(TEXT.encode())
-    assert reading.bits_per_byte == pytest.approx(bits, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
 
 
 def test_a_text_that_fills_its_pieces_exactly(loaded):
@@ -51,23 +51,25 @@ def test_a_text_that_fills_its_pieces_exactly(loaded):
     text = tokenizer.decode(tokenizer.encode(TEXT)[:LENGTH])
     assert len(tokenizer.encode(text)) == LENGTH
     wanted = losses(model, params, [tokenizer.bos_id, *tokenizer.encode(text)])
-    np.testing.assert_allclose(-read(*loaded, text).log_p_T, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        -token_logprobs(*loaded, text).logprobs_T, wanted, rtol=1e-5, atol=1e-5
+    )
 
 
-def test_what_was_likelier(loaded):
+def test_the_most_likely_tokens(loaded):
     model, params, tokenizer = loaded
-    reading = read(*loaded, "one and two", 4)
-    tokens = np.array([[tokenizer.bos_id, *reading.tokens_T[:-1]]])
+    found = token_logprobs(*loaded, "one and two", 4)
+    tokens = np.array([[tokenizer.bos_id, *found.tokens_T[:-1]]])
     logits = np.asarray(jax.jit(model.apply)({"params": params}, tokens))[0]
     order = np.argsort(-logits, axis=-1)[:, :4]
-    assert reading.best_TK.tolist() == order.tolist()
+    assert found.top_TK.tolist() == order.tolist()
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     wanted = np.take_along_axis(p, order, -1)
-    np.testing.assert_allclose(np.exp(reading.best_log_p_TK), wanted, rtol=1e-4)
+    np.testing.assert_allclose(np.exp(found.top_logprobs_TK), wanted, rtol=1e-4)
 
 
-def test_one_letter_can_be_read_and_nothing_cannot(loaded):
-    assert len(read(*loaded, "o").tokens_T) == 1
+def test_one_letter_is_enough_and_nothing_is_not(loaded):
+    assert len(token_logprobs(*loaded, "o").tokens_T) == 1
     with pytest.raises(ValueError, match="empty text"):
-        read(*loaded, "")
+        token_logprobs(*loaded, "")
