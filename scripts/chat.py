@@ -5,7 +5,7 @@
     cat question.txt | python scripts/chat.py -p -
 
 While it writes, Ctrl-C stops the answer; otherwise Ctrl-C, Ctrl-D or /quit leave. /help lists what
-else can be typed. A model that has only been pretrained goes on with what you write.
+else can be typed. A model that has only been pretrained continues what you write.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from nanochat_jax.serve.terminal import Settings, Terminal, talk
 
 
 @dataclass(frozen=True)
-class ChatConfig:
-    """With whom to talk, and how it draws its words."""
+class ChatConfig(Settings):
+    """Which model to talk with, and how it samples its answers."""
 
     run: str = ""
     """Name of the run, or its folder (the newest run)."""
@@ -34,19 +34,10 @@ class ChatConfig:
     """Which checkpoint: a step, last or best."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and end; - reads it from standard input."""
-    temperature: float = 0.6
-    """0 takes the likeliest token; more is more surprising."""
-    top_k: int = 50
-    """Tokens to choose among; 0: all."""
-    max_tokens: int = 512
-    """Tokens of an answer at most."""
-    seed: int | None = None
-    """The same seed, the same answers (another every time)."""
 
 
 def main() -> None:
     config = parse(ChatConfig, "chat", description=__doc__)
-    settings = Settings(config.temperature, config.top_k, config.max_tokens, config.seed)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     start()
     run = config.run or default_run()
@@ -55,7 +46,7 @@ def main() -> None:
         make_scheduler(loaded.model, loaded.params, loaded.tokenizer, slots=1, chunk=8),
         loaded,
         run,
-        settings,
+        config,
     )
     with terminal, contextlib.suppress(KeyboardInterrupt):
         if prompt is None:

@@ -1,5 +1,5 @@
 """An OpenAI-compatible server and its page over one scheduler thread; and the terminal chat.
 
-server.py and app.py are its door (scripts/serve.py); schema.py says what a request may be,
-openai.py has the routes, stream.py carries tokens to the client.
+A chat request passes middleware.py (keys, sizes, the log), openai.py (the route), schema.py (what a
+request may be), text.py (its prompt), service.py (the scheduler) and stream.py (its answer).
 """

@@ -64,8 +64,11 @@ def unavailable(message: str, code: str, retry_after: int) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
 
 
+def internal_error() -> ApiError:
+    return ApiError(500, "something went wrong in the server; its log says what", code="internal")
+
+
 GONE = 499  # nginx's number for a client that did not wait; nobody gets to see it
-INTERNAL = ApiError(500, "something went wrong in the server; its log says what", code="internal")
 
 
 def install_handlers(app: FastAPI) -> None:

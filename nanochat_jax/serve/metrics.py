@@ -18,15 +18,16 @@ TTFT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
 
 
-class Metrics:
-    """The numbers of one server, in a registry of its own. Only its event loop writes them."""
+class Metrics(Collector):
+    """The numbers of one server, in its own registry. Only its event loop writes them; those of the
+    scheduler are read whenever somebody asks."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._mean_seconds = 1.0  # of the last requests
+        self._recent: deque[tuple[float, int]] = deque()  # when, how many tokens
         self.registry = CollectorRegistry()
-        self.speed = Speed()
-        self.registry.register(SchedulerNumbers(scheduler, self.speed))
+        self.registry.register(self)
         self.requests = Counter(
             "nanochat_requests", "Requests answered", ("route", "status"), registry=self.registry
         )
@@ -55,50 +56,33 @@ class Metrics:
         wait = now.queued / 2 * self._mean_seconds / now.slots
         return min(max(math.ceil(wait), 1), 60)
 
+    def count_tokens(self, tokens: int) -> None:
+        """Tokens that were generated just now, for the speed over the last ten seconds."""
+        self._recent.append((time.monotonic(), tokens))
+        self._forget_old()
 
-class Speed:
-    """Tokens per second over the last ten seconds."""
-
-    def __init__(self) -> None:
-        self._counts: deque[tuple[float, int]] = deque()
-
-    def add(self, tokens: int) -> None:
-        self._counts.append((time.monotonic(), tokens))
-        self._forget()
-
-    def tokens_per_second(self) -> float:
-        self._forget()
-        return sum(tokens for _, tokens in self._counts) / SPEED_WINDOW
-
-    def _forget(self) -> None:
+    def _forget_old(self) -> None:
         oldest = time.monotonic() - SPEED_WINDOW
-        while self._counts and self._counts[0][0] < oldest:
-            self._counts.popleft()
-
-
-class SchedulerNumbers(Collector):
-    """Reads the scheduler whenever somebody asks."""
-
-    def __init__(self, scheduler: Scheduler, speed: Speed) -> None:
-        self._scheduler, self._speed = scheduler, speed
+        while self._recent and self._recent[0][0] < oldest:
+            self._recent.popleft()
 
     def collect(self) -> Iterator[Metric]:
+        """The numbers that nobody counts as they happen."""
         now = self._scheduler.stats()
-        gauges = {
-            "queued_requests": ("Requests that wait for a slot", now.queued),
-            "slots": ("Samples that can be generated at a time", now.slots),
-            "busy_slots": ("Samples that are being generated", now.busy_slots),
-            "tokens_per_second": (
-                "Tokens generated per second, over the last ten seconds",
-                self._speed.tokens_per_second(),
+        self._forget_old()
+        speed = sum(tokens for _, tokens in self._recent) / SPEED_WINDOW
+        for kind, name, text, value in (
+            (GaugeMetricFamily, "queued_requests", "Requests that wait for a slot", now.queued),
+            (GaugeMetricFamily, "slots", "Samples that can be generated at a time", now.slots),
+            (GaugeMetricFamily, "busy_slots", "Samples being generated", now.busy_slots),
+            (GaugeMetricFamily, "tokens_per_second", "Speed over the last ten seconds", speed),
+            (CounterMetricFamily, "generated_tokens", "Tokens generated", now.tokens_generated),
+            (CounterMetricFamily, "prompt_tokens", "Tokens of prompts", now.prompt_tokens),
+            (
+                CounterMetricFamily,
+                "cached_prompt_tokens",
+                "Prompt tokens taken from a kept cache",
+                now.cached_prompt_tokens,
             ),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"nanochat_{name}", text, value)
-        counters = {
-            "generated_tokens": ("Tokens generated", now.tokens_generated),
-            "prompt_tokens": ("Tokens of prompts", now.prompt_tokens),
-            "cached_prompt_tokens": ("Those taken from a kept cache", now.cached_prompt_tokens),
-        }
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(f"nanochat_{name}", text, value)
+        ):
+            yield kind(f"nanochat_{name}", text, value)

@@ -19,7 +19,7 @@ from pathlib import Path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat_jax.serve.errors import GONE, INTERNAL, ApiError
+from nanochat_jax.serve.errors import GONE, ApiError, internal_error
 from nanochat_jax.serve.metrics import Metrics
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
@@ -186,7 +186,7 @@ class Observe:
             if status is not None:
                 raise  # too late for another answer: the connection is cut
             log.exception("request %s failed", record.request_id)
-            await INTERNAL.response()(scope, receive, with_headers)
+            await internal_error().response()(scope, receive, with_headers)
         finally:
             status = status or GONE
             self.metrics.requests.labels(_route(scope), status).inc()

@@ -1,53 +1,121 @@
-"""From a request of the API to what the scheduler is asked: prompts, sampling, room for answers."""
+"""OpenAI's endpoints: what a request asks the scheduler for, and its answer in OpenAI's shapes.
+
+Beyond OpenAI's, a chat has `dropped_messages`, `parts` where the model used Python, and tokens with
+a `text_offset`.
+"""
 
 import secrets
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
+
+import fastapi
+from fastapi.responses import JSONResponse, Response
 
 from nanochat_jax.engine.requests import Request
 from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.serve.errors import ApiError, bad_request
-from nanochat_jax.serve.schema import ChatRequest, CompletionRequest, Generate, Message
+from nanochat_jax.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Generate,
+    Message,
+    check_chat,
+    check_completion,
+)
 from nanochat_jax.serve.service import Service
-from nanochat_jax.serve.stream import Envelope, Generation, Json, check_finish, whole_answer
-from nanochat_jax.serve.text import PlacedToken, TextPiece, TooLong, chat_prompt, stop_ids
+from nanochat_jax.serve.stream import EventStream, Generation, Json
+from nanochat_jax.serve.text import (
+    PlacedToken,
+    TextPiece,
+    TooLong,
+    chat_request,
+    parts_of,
+    stop_ids,
+)
 from nanochat_jax.tokenizer import Tokenizer
 
 TEMPERATURE, TOP_K, MAX_TOKENS = 0.8, 50, 512  # where a request does not say
+LEAST_LOGPROB = -9999.0  # what OpenAI says for "impossible", since JSON has no infinity
+STREAMS: dict[int | str, Any] = {200: {"content": {EventStream.media_type: {}}}}
 
 
-class ChatJob(NamedTuple):
-    """What to generate, and how many of the oldest messages the model does not see."""
+def add_routes(app: fastapi.FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> Json:
+        """The one model that is served, with the limits of a request."""
+        return {"object": "list", "data": [service.model]}
 
-    request: Request
-    dropped: int
+    @app.get("/v1/models/{model_id}")
+    async def model(model_id: str) -> Json:
+        """The same by its name."""
+        _check_model(model_id, service)
+        return service.model
+
+    @app.post("/v1/chat/completions", responses=STREAMS)
+    async def chat(asked: ChatRequest, request: fastapi.Request) -> Response:
+        """The next message of a conversation."""
+        check_chat(asked, service.config)
+        engine_request, dropped = _chat_request(asked, service)
+        generation = Generation(service, [engine_request], asked.stops)
+        generation.start()
+        if asked.stream:
+            return EventStream(generation, _chat_events(generation, asked, dropped))
+        async with generation.running(request.scope, request.receive):
+            return JSONResponse(await _chat_answer(generation, asked, dropped))
+
+    @app.post("/v1/completions", responses=STREAMS)
+    async def completions(asked: CompletionRequest, request: fastapi.Request) -> Response:
+        """The continuation of one or more texts."""
+        check_completion(asked, service.config)
+        generation = Generation(service, _completion_requests(asked, service), asked.stops)
+        generation.start()
+        if asked.stream:
+            return EventStream(generation, _completion_events(generation, asked))
+        async with generation.running(request.scope, request.receive):
+            return JSONResponse(await _completion_answer(generation, asked))
 
 
-def chat_job(asked: ChatRequest, service: Service) -> ChatJob:
-    """ApiError for another model's name, for no conversation, and for one too long."""
+def _check_model(name: str | None, service: Service) -> None:
+    if name is not None and name != service.model_id:
+        message = f"there is no model {name[:100]!r} here, only {service.model_id!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+# --- what a request asks the scheduler for --------------------------------------------------------
+
+
+def _chat_request(asked: ChatRequest, service: Service) -> tuple[Request, int]:
+    """The engine's request, and how many of the oldest messages the model does not see.
+
+    ApiError for another model's name, for no conversation, and for one too long.
+    """
     _check_model(asked.model, service)
-    wanted = asked.max_completion_tokens or asked.max_tokens or default_tokens(service)
-    room = service.context - min(wanted, service.context // 4)
-    messages = [_as_conversation(message) for message in asked.messages]
     try:
-        prompt = chat_prompt(service.tokenizer, service.prompt_format, messages, room)
+        return chat_request(
+            service.tokenizer,
+            service.prompt_format,
+            [_as_conversation(message) for message in asked.messages],
+            context=service.context,
+            max_tokens=asked.max_completion_tokens or asked.max_tokens or _default_tokens(service),
+            sampling=_sampling(asked, service),
+            n=asked.n or 1,
+            alternatives=(asked.top_logprobs or 0) if asked.logprobs else 0,
+        )
     except TooLong as error:
         raise bad_request(str(error), "messages", "context_length_exceeded") from None
     except ValueError as error:
         raise bad_request(f"messages: {error}", "messages") from None
-    top = (asked.top_logprobs or 0) if asked.logprobs else 0
-    request = _request(asked, service, prompt.ids, wanted, alternatives=top)
-    return ChatJob(request, prompt.dropped)
 
 
-def completion_jobs(asked: CompletionRequest, service: Service) -> list[Request]:
+def _completion_requests(asked: CompletionRequest, service: Service) -> list[Request]:
     """One for each prompt; a text begins a document, token ids are taken as they are."""
     _check_model(asked.model, service)
     bos, encode = service.tokenizer.bos_id, service.tokenizer.encode
-    requests = []
-    for prompt in asked.prompts:
-        ids = [bos, *encode(prompt)] if isinstance(prompt, str) else prompt
+    prompts = [[bos, *encode(p)] if isinstance(p, str) else p for p in asked.prompts]
+    for ids in prompts:
         if len(ids) >= service.context:
             raise bad_request(
                 f"prompt: of {len(ids)} tokens, where {service.context} are all that this model "
@@ -55,50 +123,32 @@ def completion_jobs(asked: CompletionRequest, service: Service) -> list[Request]
                 "prompt",
                 "context_length_exceeded",
             )
-        wanted = asked.max_tokens or default_tokens(service)
-        requests.append(_request(asked, service, ids, wanted, alternatives=asked.logprobs or 0))
-    return requests
+    wanted = asked.max_tokens or _default_tokens(service)
+    return [
+        Request(
+            ids,
+            max_new_tokens=min(wanted, service.context - len(ids)),
+            sampling=_sampling(asked, service),
+            n=asked.n or 1,
+            stop_ids=stop_ids(service.tokenizer, service.prompt_format),
+            alternatives=asked.logprobs or 0,
+        )
+        for ids in prompts
+    ]
 
 
-def default_tokens(service: Service) -> int:
+def _default_tokens(service: Service) -> int:
     return min(MAX_TOKENS, service.config.max_new_tokens)
-
-
-def _check_model(name: str | None, service: Service) -> None:
-    if name is not None and name != service.model_id:
-        raise model_not_found(name[:100], service)
-
-
-def model_not_found(name: str, service: Service) -> ApiError:
-    message = f"there is no model {name!r} here, only {service.model_id!r}"
-    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def _as_conversation(message: Message) -> Mapping[str, Any]:
     """As Tokenizer.render_conversation takes it: only the assistant's content may be in parts."""
     role = "system" if message.role == "developer" else message.role
-    content: str | list[dict[str, str]]
     if isinstance(message.content, str):
-        content = message.content
-    elif role == "assistant":
-        content = [part.model_dump() for part in message.content]
-    else:
-        content = "\n".join(part.text for part in message.content)
-    return {"role": role, "content": content}
-
-
-def _request(
-    asked: Generate, service: Service, prompt: Sequence[int], wanted: int, alternatives: int
-) -> Request:
-    return Request(
-        prompt=prompt,
-        max_new_tokens=min(wanted, service.context - len(prompt)),
-        sampling=_sampling(asked, service),
-        n=asked.n or 1,
-        stop_ids=stop_ids(service.tokenizer, service.prompt_format),
-        alternatives=alternatives,
-        use_tools=service.prompt_format == "chat" and isinstance(asked, ChatRequest),
-    )
+        return {"role": role, "content": message.content}
+    if role == "assistant":
+        return {"role": role, "content": [part.model_dump() for part in message.content]}
+    return {"role": role, "content": "\n".join(message.texts)}
 
 
 def _sampling(asked: Generate, service: Service) -> Sampling:
@@ -107,195 +157,172 @@ def _sampling(asked: Generate, service: Service) -> Sampling:
         "top_k": min(TOP_K, service.config.max_top_k),
         "seed": secrets.randbits(63),
     }
-    for setting in fields(Sampling):
-        value = getattr(asked, setting.name)
-        if value is not None:
-            chosen[setting.name] = value
+    given = {setting.name: getattr(asked, setting.name) for setting in fields(Sampling)}
+    chosen |= {name: value for name, value in given.items() if value is not None}
     try:
         return Sampling(**chosen)
     except ValueError as error:
         raise bad_request(str(error)) from None
 
 
-# --- POST /v1/completions in OpenAI's older shapes: a text goes on ---
+# --- answers --------------------------------------------------------------------------------------
 
 
-async def completion_answer(
-    service: Service, generation: Generation, asked: CompletionRequest
-) -> Json:
+def _envelope(service: Service, prefix: str, kind: str) -> Json:
+    """What every object of one reply begins with."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.model_id,
+    }
+
+
+async def _chat_answer(generation: Generation, asked: ChatRequest, dropped: int) -> Json:
+    """The whole answer as one object."""
+    choices = []
+    for index, (pieces, finish) in enumerate(await generation.whole()):
+        parts = parts_of(pieces)
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if any(part["type"] != "text" for part in parts):
+            message["parts"] = parts
+        logprobs = _chat_logprobs(generation.service.tokenizer, pieces) if asked.logprobs else None
+        told = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+        choices.append(told)
+    return {
+        **_envelope(generation.service, "chatcmpl", "chat.completion"),
+        "choices": choices,
+        "usage": generation.usage(),
+        "dropped_messages": dropped,
+    }
+
+
+async def _chat_events(
+    generation: Generation, asked: ChatRequest, dropped: int
+) -> AsyncIterator[Json]:
+    """The answer as chunks: roles, text as it comes, why each choice ended, and the usage."""
+    envelope = _envelope(generation.service, "chatcmpl", "chat.completion.chunk")
+    # Where a usage is to come, every other chunk says that it has none.
+    no_usage: Json = {"usage": None} if asked.wants_usage else {}
+
+    def chunk(
+        index: int, delta: Json, logprobs: Json | None = None, end: str | None = None
+    ) -> Json:
+        told = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
+        return {**envelope, "choices": [told], **no_usage}
+
+    for index in range(len(generation.choices)):
+        first = chunk(index, {"role": "assistant", "content": ""})
+        yield first | ({"dropped_messages": dropped} if index == 0 else {})
+    async for index, pieces, finish in generation.updates():
+        for piece in pieces:
+            delta: Json = {"content": piece.text}
+            if piece.type != "text":
+                delta = {"content": "", "part": {"type": piece.type, "text": piece.text}}
+            logprobs = None
+            if asked.logprobs:
+                logprobs = _chat_logprobs(generation.service.tokenizer, [piece])
+            if piece.text or logprobs:
+                yield chunk(index, delta, logprobs)
+        if finish:
+            yield chunk(index, {}, end=finish)
+    if asked.wants_usage:
+        yield {**envelope, "choices": [], "usage": generation.usage()}
+
+
+async def _completion_answer(generation: Generation, asked: CompletionRequest) -> Json:
     """All texts as one object."""
-    answers = await whole_answer(service, generation)
     choices = [
-        _choice(service, asked, index, pieces, finish)
-        for index, (pieces, finish) in enumerate(answers)
+        _completion_choice(generation.service.tokenizer, asked, index, pieces, finish)
+        for index, (pieces, finish) in enumerate(await generation.whole())
     ]
-    return _envelope(service).around(choices, usage=generation.usage.as_dict())
+    envelope = _envelope(generation.service, "cmpl", "text_completion")
+    return {**envelope, "choices": choices, "usage": generation.usage()}
 
 
-async def completion_events(
-    service: Service, generation: Generation, asked: CompletionRequest
+async def _completion_events(
+    generation: Generation, asked: CompletionRequest
 ) -> AsyncIterator[Json]:
     """The texts as chunks of the same shape."""
-    envelope = _envelope(service)
+    envelope = _envelope(generation.service, "cmpl", "text_completion")
     no_usage: Json = {"usage": None} if asked.wants_usage else {}
     async for update in generation.updates():
-        check_finish(update.finish, service)
-        choice = _choice(service, asked, update.choice, update.pieces, update.finish)
-        yield envelope.around([choice], **no_usage)
+        choice = _completion_choice(generation.service.tokenizer, asked, *update)
+        yield {**envelope, "choices": [choice], **no_usage}
     if asked.wants_usage:
-        yield envelope.around([], usage=generation.usage.as_dict())
+        yield {**envelope, "choices": [], "usage": generation.usage()}
 
 
-def _envelope(service: Service) -> Envelope:
-    return Envelope("cmpl", "text_completion", service.model_id)
-
-
-def _choice(
-    service: Service,
+def _completion_choice(
+    tokenizer: Tokenizer,
     asked: CompletionRequest,
     index: int,
     pieces: Sequence[TextPiece],
     finish: str | None,
 ) -> Json:
-    wanted = asked.logprobs
-    return {
-        "index": index,
-        "text": "".join(piece.text for piece in pieces),
-        "logprobs": None
-        if wanted is None
-        else completion_logprobs(service.tokenizer, pieces, wanted),
-        "finish_reason": finish,
-    }
+    text = "".join(piece.text for piece in pieces)
+    logprobs = None
+    if asked.logprobs is not None:
+        logprobs = _completion_logprobs(tokenizer, pieces, asked.logprobs)
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-# --- POST /v1/chat/completions in OpenAI's shapes, with parts for what the model calc ---
+# --- probabilities of tokens, in the two shapes that OpenAI's endpoints have for them -------------
 
 
-def chat_envelope(service: Service) -> Envelope:
-    return Envelope("chatcmpl", "chat.completion", service.model_id)
+def _chat_logprobs(tokenizer: Tokenizer, pieces: Iterable[TextPiece]) -> Json:
+    """choices[].logprobs of a chat: an entry for each token that the model generated.
 
-
-async def chat_answer(
-    service: Service, generation: Generation, asked: ChatRequest, dropped: int
-) -> Json:
-    """The whole answer as one object."""
-    choices = [
-        {
-            "index": index,
-            "message": _message(pieces),
-            "logprobs": chat_logprobs(service.tokenizer, pieces) if asked.logprobs else None,
-            "finish_reason": finish,
-        }
-        for index, (pieces, finish) in enumerate(await whole_answer(service, generation))
-    ]
-    return chat_envelope(service).around(
-        choices, usage=generation.usage.as_dict(), dropped_messages=dropped
-    )
-
-
-def _message(pieces: Sequence[TextPiece]) -> Json:
-    parts: list[dict[str, str]] = []
-    for piece in pieces:
-        if parts and parts[-1]["type"] == piece.type:
-            parts[-1]["text"] += piece.text
-        elif piece.text:
-            parts.append({"type": piece.type, "text": piece.text})
-    text = "".join(part["text"] for part in parts if part["type"] == "text")
-    used_tools = any(part["type"] != "text" for part in parts)
-    message = {"role": "assistant", "content": text, "refusal": None}
-    return message | ({"parts": parts} if used_tools else {})
-
-
-async def chat_events(
-    service: Service, generation: Generation, asked: ChatRequest, dropped: int
-) -> AsyncIterator[Json]:
-    """The answer as chunks: roles, text as it comes, why each choice ended, and the usage."""
-    envelope = chat_envelope(service)
-    # Where a usage is to come, every other chunk says that it has none.
-    no_usage: Json = {"usage": None} if asked.wants_usage else {}
-
-    def chunk(choice: int, delta: Json, logprobs: Json | None = None, **end: str) -> Json:
-        told = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        return envelope.around([told | end], ".chunk", **no_usage)
-
-    for index in range(generation.n_choices):
-        first = chunk(index, {"role": "assistant", "content": ""})
-        yield first | ({"dropped_messages": dropped} if index == 0 else {})
-    async for update in generation.updates():
-        check_finish(update.finish, service)
-        for piece in update.pieces:
-            logprobs = chat_logprobs(service.tokenizer, [piece]) if asked.logprobs else None
-            if piece.text or logprobs:
-                yield chunk(update.choice, _delta(piece), logprobs)
-        if update.finish:
-            yield chunk(update.choice, {}, finish_reason=update.finish)
-    if asked.wants_usage:
-        yield envelope.around([], ".chunk", usage=generation.usage.as_dict())
-
-
-def _delta(piece: TextPiece) -> Json:
-    if piece.type == "text":
-        return {"content": piece.text}
-    return {"content": "", "part": {"type": piece.type, "text": piece.text}}
-
-
-# --- Probabilities of tokens in the two shapes that OpenAI's endpoints have for them ---
-
-LEAST = -9999.0  # what OpenAI says for "impossible", since JSON has no infinity
-
-
-def chat_logprobs(tokenizer: Tokenizer, pieces: Iterable[TextPiece]) -> dict[str, Any]:
-    """choices[].logprobs of a chat: an entry for each token that was drawn."""
-    content = [
-        {
-            **_entry(tokenizer, said.token.id, said.token.logprob),
-            "top_logprobs": [_entry(tokenizer, *top) for top in said.token.alternatives],
-        }
-        for said in drawn(pieces)
-    ]
+    `text_offset` counts the characters (code points) of the answer before the token, in the texts
+    of all its parts. Tokens that share a character have its offset, but for the one that begins
+    before it.
+    """
+    content = []
+    for placed in _generated(pieces):
+        _, id, _, logprob, alternatives = placed.token
+        entry = _token_entry(tokenizer, id, logprob) | {"text_offset": placed.offset}
+        tops = [_token_entry(tokenizer, *top) for top in alternatives]
+        content.append(entry | {"top_logprobs": tops})
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(
+def _completion_logprobs(
     tokenizer: Tokenizer, pieces: Iterable[TextPiece], alternatives: int
-) -> dict[str, Any]:
+) -> Json:
     """choices[].logprobs of a completion: four lists of equal length."""
-    tokens = list(drawn(pieces))
+    tokens = list(_generated(pieces))
     tops = [
-        {_name(tokenizer, id): _finite(logprob) for id, logprob in said.token.alternatives}
-        for said in tokens
+        {_name(tokenizer, id): _finite(logprob) for id, logprob in placed.token.alternatives}
+        for placed in tokens
     ]
     return {
-        "tokens": [_name(tokenizer, said.token.id) for said in tokens],
-        "token_logprobs": [_finite(said.token.logprob) for said in tokens],
+        "tokens": [_name(tokenizer, placed.token.id) for placed in tokens],
+        "token_logprobs": [_finite(placed.token.logprob) for placed in tokens],
         "top_logprobs": tops if alternatives else None,
-        "text_offset": [said.offset for said in tokens],
+        "text_offset": [placed.offset for placed in tokens],
     }
 
 
-def drawn(pieces: Iterable[TextPiece]) -> Iterable[PlacedToken]:
+def _generated(pieces: Iterable[TextPiece]) -> Iterable[PlacedToken]:
     """The tokens that the model chose, without the answers of tools."""
-    return (said for piece in pieces for said in piece.tokens if not said.token.forced)
+    return (placed for piece in pieces for placed in piece.tokens if not placed.token.forced)
 
 
-def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> Json:
     # A special token stands for no bytes of the text.
-    is_text = token < len(tokenizer.ranks)
-    return {
-        "token": tokenizer.decode([token]),
-        "logprob": _finite(logprob),
-        "bytes": list(tokenizer.ranks[token]) if is_text else [],
-    }
+    data = tokenizer.ranks[token] if token < len(tokenizer.ranks) else b""
+    return {"token": tokenizer.decode([token]), "logprob": _finite(logprob), "bytes": list(data)}
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:
     """A token's text; where it is no text, its bytes as OpenAI writes them: names must differ."""
+    data = tokenizer.decode_bytes([token])
     try:
-        return tokenizer.decode_bytes([token]).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
-        escaped = "".join(f"\\x{byte:02x}" for byte in tokenizer.decode_bytes([token]))
-        return f"bytes:{escaped}"
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST)
+    return max(logprob, LEAST_LOGPROB)

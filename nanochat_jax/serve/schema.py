@@ -2,11 +2,11 @@
 
 Types are strict ("1" is no number), NaN and infinities are refused, and fields that we do not know
 are ignored, as OpenAI's own servers do. A parameter of OpenAI's that would change the answer but
-is not implemented is an error that names it. schema.py checks what the operator can set.
+is not implemented is an error that names it. The limits that the operator sets come after these.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -51,6 +51,12 @@ class Message(Model):
         Annotated[str, Tag("as a_string")] | Annotated[list[Part], Tag("as a_list_of_parts")],
         _tags(a_string=str, a_list_of_parts=list),
     ]
+
+    @property
+    def texts(self) -> list[str]:
+        """The text, or that of each part."""
+        content = self.content
+        return [content] if isinstance(content, str) else [part.text for part in content]
 
 
 class StreamOptions(Model):
@@ -172,7 +178,7 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 }
 
 
-# --- The limits of a request that the operator sets, checked after its types and rang ---
+# --- the limits that the operator sets, checked after types and ranges ----------------------------
 
 # Parameters, and the setting that is the highest value they may have.
 HIGHEST = {
@@ -184,30 +190,19 @@ HIGHEST = {
 }
 
 
-class Amount(NamedTuple):
-    """So much of something, and how much there may be."""
-
-    param: str
-    value: float
-    most: float
-    unit: str = ""
-
-
 def check_chat(request: ChatRequest, config: ServeConfig) -> None:
     """ApiError 400 that names the first parameter beyond its limit."""
-    lengths = [sum(map(len, _texts(message))) for message in request.messages]
-    # An answer may be longer than a question, and comes back with the next one.
-    asked = [i for i, message in enumerate(request.messages) if message.role != "assistant"]
-    _refuse(
-        Amount("messages", len(lengths), config.max_messages, " messages"),
-        *(
-            Amount(f"messages[{i}].content", lengths[i], config.max_message_chars, " characters")
-            for i in asked
-        ),
-        Amount("messages", sum(lengths), config.max_chars, " characters in all"),
-        *_highest(request, config),
-    )
-    _check_parts(request)
+    _check_most("messages", len(request.messages), config.max_messages, " messages")
+    for index, message in enumerate(request.messages):
+        # An answer may be longer than a question, and comes back with the next one.
+        if message.role != "assistant":
+            param, length = f"messages[{index}].content", sum(map(len, message.texts))
+            _check_most(param, length, config.max_message_chars, " characters")
+            if any(part.type != "text" for part in message.content if isinstance(part, Part)):
+                raise bad_request(f"{param}: only the assistant's may have parts of Python", param)
+    length = sum(len(text) for message in request.messages for text in message.texts)
+    _check_most("messages", length, config.max_chars, " characters in all")
+    _check_numbers(request, config)
     if request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
 
@@ -215,11 +210,21 @@ def check_chat(request: ChatRequest, config: ServeConfig) -> None:
 def check_completion(request: CompletionRequest, config: ServeConfig) -> None:
     """The same for a completion; token ids count as characters."""
     prompts = request.prompts
-    _refuse(
-        Amount("prompt", len(prompts), config.max_prompts, " prompts"),
-        Amount("prompt", sum(map(len, prompts)), config.max_chars, " characters in all"),
-        *_highest(request, config),
-    )
+    _check_most("prompt", len(prompts), config.max_prompts, " prompts")
+    _check_most("prompt", sum(map(len, prompts)), config.max_chars, " characters in all")
+    _check_numbers(request, config)
+
+
+def _check_numbers(request: Generate, config: ServeConfig) -> None:
+    for param, setting in HIGHEST.items():
+        if (value := getattr(request, param, None)) is not None:
+            _check_most(param, value, getattr(config, setting))
+
+
+def _check_most(param: str, value: float, most: float, unit: str = "") -> None:
+    if value > most:
+        # What was given is not repeated: it may be a number of a thousand digits.
+        raise bad_request(f"{param}: the most that is allowed here is {most:,}{unit}", param)
 
 
 def document_limits(openapi: dict[str, Any], config: ServeConfig) -> None:
@@ -229,30 +234,3 @@ def document_limits(openapi: dict[str, Any], config: ServeConfig) -> None:
         for param in HIGHEST.keys() & properties.keys():
             number, _null = properties[param]["anyOf"]
             number["maximum"] = getattr(config, HIGHEST[param])
-
-
-def _highest(request: Generate, config: ServeConfig) -> Iterator[Amount]:
-    for param, setting in HIGHEST.items():
-        value = getattr(request, param, None)
-        if value is not None:
-            yield Amount(param, value, getattr(config, setting))
-
-
-def _refuse(*amounts: Amount) -> None:
-    for param, value, most, unit in amounts:
-        if value > most:
-            # What was given is not repeated: it may be a number of a thousand digits.
-            raise bad_request(f"{param}: the most that is allowed here is {most:,}{unit}", param)
-
-
-def _texts(message: Message) -> list[str]:
-    content = message.content
-    return [content] if isinstance(content, str) else [part.text for part in content]
-
-
-def _check_parts(request: ChatRequest) -> None:
-    for index, message in enumerate(request.messages):
-        parts = [] if isinstance(message.content, str) else message.content
-        if message.role != "assistant" and any(part.type != "text" for part in parts):
-            param = f"messages[{index}].content"
-            raise bad_request(f"{param}: only the assistant's may have parts of Python", param)

@@ -4,17 +4,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.settings import ServeConfig
-from nanochat_jax.serve.text import PromptFormat, prompt_format
+from nanochat_jax.serve.text import prompt_format
 from nanochat_jax.tokenizer import Tokenizer
 
-type Phase = Literal["warming up", "ready", "stopped", "failed"]
+# The settings that /v1/models lists as the limits of a request.
+LIMITS = (
+    *("max_messages", "max_message_chars", "max_chars", "max_prompts", "max_n"),
+    *("max_new_tokens", "max_temperature", "max_top_k"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ class Worker:
     """The thread in which the scheduler compiles its programs and then runs."""
 
     def __init__(self, scheduler: Scheduler, progress: Callable[[str], object]) -> None:
-        self.phase: Phase = "warming up"
+        self.phase: Literal["warming up", "ready", "stopped", "failed"] = "warming up"
         self._scheduler, self._progress = scheduler, progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -38,7 +41,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._scheduler.engine.warm_up(self._tell)
+            self._scheduler.engine.warm_up(self._report)
             self.phase = "ready"
             self._progress("ready")
             self._scheduler.run(self._stop)
@@ -49,7 +52,7 @@ class Worker:
             self.phase = "failed"
             log.exception("the engine has failed; nothing can be generated until a restart")
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         if self._stop.is_set():
             raise _WarmUpCancelled
         self._progress(text)
@@ -59,44 +62,35 @@ class _WarmUpCancelled(Exception):
     """Ends the warm-up early."""
 
 
-@dataclass
 class Service:
     """One server: a model with a name, its scheduler, what runs now, and whether it is ending."""
 
-    scheduler: Scheduler
-    tokenizer: Tokenizer
-    meta: Mapping[str, Any]
-    config: ServeConfig
-    worker: Worker
-    metrics: Metrics
-    created: int = field(default_factory=lambda: int(time.time()))
-    running: set[Callable[[], None]] = field(default_factory=set)  # what cancels each answer
-    draining: bool = False
-
-    @property
-    def model_id(self) -> str:
-        return Path(self.config.run).resolve().name
-
-    @property
-    def prompt_format(self) -> PromptFormat:
-        return prompt_format(self.meta)
-
-    @property
-    def context(self) -> int:
-        """Tokens of a prompt and its answer together."""
-        return self.scheduler.engine.capacity
-
-    def model(self) -> dict[str, Any]:
-        """The model object of /v1/models."""
-        return {
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        meta: Mapping[str, Any],
+        config: ServeConfig,
+        progress: Callable[[str], object],
+    ) -> None:
+        self.scheduler, self.tokenizer, self.config = scheduler, tokenizer, config
+        self.worker = Worker(scheduler, progress)
+        self.metrics = Metrics(scheduler)
+        self.running: set[Callable[[], None]] = set()  # what cancels each answer
+        self.draining = False
+        self.model_id = Path(config.run).resolve().name
+        self.prompt_format = prompt_format(meta)
+        self.context = scheduler.engine.capacity  # tokens of a prompt and its answer together
+        self.model = {  # as /v1/models shows it
             "id": self.model_id,
             "object": "model",
-            "created": self.created,
+            "created": int(time.time()),
             "owned_by": "nanochat_jax",
             "stage": self.prompt_format,
-            "step": self.meta.get("step"),
+            "step": meta.get("step"),
             "context": self.context,
-            "val_bpb": self.meta.get("val_bpb"),
+            "val_bpb": meta.get("val_bpb"),
+            "limits": {name: getattr(config, name) for name in LIMITS},
         }
 
     def cancel_all(self) -> None:

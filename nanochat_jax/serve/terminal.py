@@ -1,9 +1,8 @@
-"""A conversation in the terminal: asks the scheduler in its own thread and prints as it comes."""
+"""A conversation in the terminal; the scheduler runs in its own thread."""
 
 import queue
 import secrets
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,19 +11,19 @@ from types import FrameType
 from typing import Any, Self
 
 from nanochat_jax.checkpoint import LoadedModel
-from nanochat_jax.engine.requests import Event, Finished, Request
+from nanochat_jax.engine.requests import Event, Finished
 from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.serve.text import AnswerReader, TextPiece, chat_prompt, prompt_format, stop_ids
+from nanochat_jax.serve.text import AnswerReader, TextPiece, chat_request, parts_of, prompt_format
 
 GREETING = {
     "chat": "{run}, step {step}. Ask something; /help lists commands, Ctrl-D leaves.",
     "base": "{run}, step {step}: a model that has only been pretrained. It does not answer, it "
-    "goes on with what you write. /help lists commands, Ctrl-D leaves.",
+    "continues what you write. /help lists commands, Ctrl-D leaves.",
 }
 HELP = """\
-/temperature X   how surprising answers may be; 0 takes the likeliest token
-/topk K          draw among the K likeliest tokens; 0: all
+/temperature X   how surprising answers may be; 0 takes the most likely token
+/topk K          sample among the K most likely tokens; 0: all
 /tokens N        tokens of an answer at most
 /clear           forget the conversation
 /quit            leave (so do Ctrl-D and Ctrl-C; while an answer is written, Ctrl-C stops it)"""
@@ -38,15 +37,16 @@ _CLOSING = {"text": "", "python": "⟩", "python_output": " "}
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are drawn; a seed of None is another one every time.
-
-    ValueError for a setting outside its range.
-    """
+    """How answers are sampled. ValueError for a setting outside its range."""
 
     temperature: float = 0.6
+    """0 takes the most likely token; more is more surprising."""
     top_k: int = 50
+    """Tokens to choose among; 0: all."""
     max_tokens: int = 512
+    """Tokens of an answer at most."""
     seed: int | None = None
+    """The same seed, the same answers (another every time)."""
 
     def __post_init__(self) -> None:
         self.sampling()
@@ -82,39 +82,46 @@ class Terminal:
         self._thread.join(timeout=10)
 
     def ask(self, text: str) -> None:
-        """Prints the answer and remembers both; what no longer fits is forgotten and told of.
+        """Prints the answer and remembers both; says what no longer fits and is forgotten.
 
         Ctrl-C ends the answer and keeps what there is of it. ValueError for a text too long.
         """
-        context = self.scheduler.engine.capacity
-        wanted = min(self.settings.max_tokens, context // 4)
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = chat_prompt(self.model.tokenizer, self.prompt_format, messages, context - wanted)
-        if prompt.dropped:
-            print(f"(The oldest {prompt.dropped} messages no longer fit and are forgotten.)")
-        request = Request(
-            prompt.ids,
-            max_new_tokens=min(self.settings.max_tokens, context - len(prompt.ids)),
+        request, dropped = chat_request(
+            self.model.tokenizer,
+            self.prompt_format,
+            messages,
+            context=self.scheduler.engine.capacity,
+            max_tokens=self.settings.max_tokens,
             sampling=self.settings.sampling(),
-            stop_ids=stop_ids(self.model.tokenizer, self.prompt_format),
-            use_tools=self.prompt_format == "chat",
         )
-        parts = self._print_answer(request)
-        self.messages = [*messages[prompt.dropped :], {"role": "assistant", "content": parts}]
-
-    def _print_answer(self, request: Request) -> list[dict[str, str]]:
+        if dropped:
+            print(f"(The oldest {dropped} messages no longer fit and are forgotten.)")
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         ticket = self.scheduler.submit(request, events.put)
-        reader = AnswerReader(self.model.tokenizer)
-        printer = Printer()
         with on_interrupt(lambda: self.scheduler.cancel(ticket)):
-            while True:
-                for event in events.get():
-                    if isinstance(event, Finished):
-                        printer.show(reader.finish())
-                        printer.end(_REMARKS.get(event.reason, ""))
-                        return printer.parts
-                    printer.show(reader.add(event))
+            pieces = print_answer(events, AnswerReader(self.model.tokenizer))
+        answer = {"role": "assistant", "content": parts_of(pieces)}
+        self.messages = [*messages[dropped:], answer]
+
+
+def print_answer(events: queue.SimpleQueue[list[Event]], reader: AnswerReader) -> list[TextPiece]:
+    """Prints an answer as it comes, tool calls in brackets, and returns it."""
+    pieces: list[TextPiece] = []
+    part = "text"
+    while True:
+        for event in events.get():
+            found = reader.finish() if isinstance(event, Finished) else reader.add(event)
+            for piece in found:
+                if piece.text:
+                    if piece.type != part:
+                        print(_CLOSING[part] + _OPENING[piece.type], end="")
+                        part = piece.type
+                    print(piece.text.translate(_SHOWN), end="", flush=True)
+            pieces += found
+            if isinstance(event, Finished):
+                print(_CLOSING[part] + _REMARKS.get(event.reason, ""), flush=True)
+                return pieces
 
 
 _REMARKS = {"cancelled": " [stopped]", "error": " [failed]"}
@@ -133,38 +140,6 @@ def on_interrupt(action: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class Printer:
-    """Prints pieces as they come, tool calls in brackets, and keeps them as a message's parts."""
-
-    def __init__(self) -> None:
-        self.parts: list[dict[str, str]] = []
-
-    def show(self, pieces: list[TextPiece]) -> None:
-        for piece in pieces:
-            if piece.text:
-                self._begin(piece.type)
-                self.parts[-1]["text"] += piece.text
-                self._write(piece.text.translate(_SHOWN))
-
-    def end(self, remark: str) -> None:
-        self._close()
-        print(remark, flush=True)
-
-    def _begin(self, kind: str) -> None:
-        if not self.parts or self.parts[-1]["type"] != kind:
-            self._close()
-            self.parts.append({"type": kind, "text": ""})
-            self._write(_OPENING[kind])
-
-    def _close(self) -> None:
-        if self.parts:
-            self._write(_CLOSING[self.parts[-1]["type"]])
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 # --- talking --------------------------------------------------------------------------------------
@@ -194,44 +169,29 @@ def talk(terminal: Terminal) -> None:
 def command(terminal: Terminal, line: str) -> str:
     """Carries out a slash command and says what it did; ValueError where it could not."""
     name, _, argument = line.strip().partition(" ")
-    if name.lower() not in COMMANDS:
-        raise ValueError(
-            f"there is no command {name}; /help lists them (to say it, put a space before it)"
-        )
-    return COMMANDS[name.lower()](terminal, argument.strip())
+    match name.lower():
+        case "/help":
+            return HELP
+        case "/clear":
+            terminal.messages.clear()
+            return "a new conversation"
+        case "/temperature":
+            return _change(terminal, "temperature", float, argument.strip())
+        case "/topk":
+            return _change(terminal, "top_k", int, argument.strip())
+        case "/tokens":
+            return _change(terminal, "max_tokens", int, argument.strip())
+    raise ValueError(
+        f"there is no command {name}; /help lists them (to say it, put a space before it)"
+    )
 
 
-def _setter(name: str, kind: type[int] | type[float]) -> Callable[[Terminal, str], str]:
-    def change(terminal: Terminal, argument: str) -> str:
-        if argument:
-            changed: dict[str, Any] = {name: _number(argument, kind)}
-            terminal.settings = replace(terminal.settings, **changed)
-        return f"{name} is {getattr(terminal.settings, name)}"
-
-    return change
-
-
-def _number(text: str, kind: type[int] | type[float]) -> int | float:
-    try:
-        return kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{text} is not {what}; nothing was changed") from None
-
-
-def _clear(terminal: Terminal, argument: str) -> str:
-    terminal.messages.clear()
-    return "a new conversation"
-
-
-def _help(terminal: Terminal, argument: str) -> str:
-    return HELP
-
-
-COMMANDS: dict[str, Callable[[Terminal, str], str]] = {
-    "/temperature": _setter("temperature", float),
-    "/topk": _setter("top_k", int),
-    "/tokens": _setter("max_tokens", int),
-    "/clear": _clear,
-    "/help": _help,
-}
+def _change(terminal: Terminal, name: str, kind: type[int] | type[float], argument: str) -> str:
+    if argument:
+        try:
+            changed: dict[str, Any] = {name: kind(argument)}
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{argument} is not {what}; nothing was changed") from None
+        terminal.settings = replace(terminal.settings, **changed)
+    return f"{name} is {getattr(terminal.settings, name)}"

@@ -5,11 +5,12 @@ a text; one that was trained on conversations ("chat") answers the last message.
 """
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from nanochat_jax.engine.requests import Token
+from nanochat_jax.engine.requests import Request, Token
+from nanochat_jax.engine.sampling import Sampling
 from nanochat_jax.tokenizer import Tokenizer
 
 type PromptFormat = Literal["base", "chat"]
@@ -42,14 +43,42 @@ class TooLong(ValueError):
     """The last message alone does not fit."""
 
 
+def chat_request(
+    tokenizer: Tokenizer,
+    format: PromptFormat,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    context: int,
+    max_tokens: int,
+    sampling: Sampling,
+    n: int = 1,
+    alternatives: int = 0,
+) -> tuple[Request, int]:
+    """The request for an answer to the last message, and how many of the oldest are left out.
+
+    `messages` are as in Tokenizer.render_conversation; the prompt leaves at least a quarter of the
+    context to the answer. Errors as in chat_prompt.
+    """
+    prompt = chat_prompt(tokenizer, format, messages, context - min(max_tokens, context // 4))
+    request = Request(
+        prompt.ids,
+        max_new_tokens=min(max_tokens, context - len(prompt.ids)),
+        sampling=sampling,
+        n=n,
+        stop_ids=stop_ids(tokenizer, format),
+        alternatives=alternatives,
+        use_tools=format == "chat",
+    )
+    return request, prompt.dropped
+
+
 def chat_prompt(
     tokenizer: Tokenizer, format: PromptFormat, messages: Sequence[Mapping[str, Any]], room: int
 ) -> Prompt:
     """The prompt of at most `room` tokens that asks for an answer to the last message.
 
-    `messages` are as in Tokenizer.render_conversation. Where they are too long the oldest turns
-    are left out. In a chat, TooLong when the last message has no room even alone, and ValueError
-    for messages that are no conversation.
+    Where the messages are too long the oldest turns are left out. In a chat, TooLong when the last
+    message has no room even alone, and ValueError for messages that are no conversation.
     """
     make = _chat_ids if format == "chat" else _document_ids
     return make(tokenizer, messages, room)
@@ -104,10 +133,10 @@ def stop_ids(tokenizer: Tokenizer, format: PromptFormat) -> tuple[int, ...]:
 
 
 class PlacedToken(NamedTuple):
-    """A token of an answer, and how many characters of the answer stood before it."""
+    """A token of an answer, and where in the answer's text it begins."""
 
     token: Token
-    offset: int
+    offset: int  # characters (code points) before the one that the token's first byte belongs to
 
 
 class TextPiece(NamedTuple):
@@ -116,6 +145,23 @@ class TextPiece(NamedTuple):
     type: str
     text: str
     tokens: tuple[PlacedToken, ...]
+
+
+def merge(pieces: Iterable[TextPiece]) -> list[TextPiece]:
+    """Neighbours of one type as one piece."""
+    merged: list[TextPiece] = []
+    for piece in pieces:
+        if merged and merged[-1].type == piece.type:
+            last = merged.pop()
+            piece = TextPiece(piece.type, last.text + piece.text, last.tokens + piece.tokens)
+        merged.append(piece)
+    return merged
+
+
+def parts_of(pieces: Iterable[TextPiece]) -> list[dict[str, str]]:
+    """The parts of the message that consists of these pieces."""
+    merged = merge(piece for piece in pieces if piece.text)
+    return [{"type": piece.type, "text": piece.text} for piece in merged]
 
 
 class AnswerReader:
@@ -142,12 +188,16 @@ class AnswerReader:
         """What can be shown now that the sample has one more token."""
         if self.stopped:
             return []
-        self._tokens.append(PlacedToken(token, self._given + len(self._waiting)))
-        if token.id < self._first_special:
-            self._waiting += self._decoder.decode(self._tokenizer.ranks[token.id])
+        ends_part = token.id in self._parts
+        data = self._tokenizer.ranks[token.id] if token.id < self._first_special else b""
+        self._waiting += self._decoder.decode(data[:1], final=ends_part)
+        end = self._given + len(self._waiting)
+        # The first byte belongs to the last character so far, unless it waits for others.
+        in_last = data and not self._decoder.getstate()[0]
+        self._tokens.append(PlacedToken(token, end - 1 if in_last else end))
+        self._waiting += self._decoder.decode(data[1:])
+        if not ends_part:
             return self._certain()
-        if token.id not in self._parts:
-            return []
         pieces = self.finish()
         self._type = self._parts[token.id]
         return pieces

@@ -191,6 +191,10 @@ def test_logprobs_of_a_chat(chat):
     content = reply.choices[0].logprobs.content
     text = b"".join(bytes(entry.bytes) for entry in content)
     assert text == scripted.ANSWER.encode()  # without what the calculator said
+    # The emoji's four tokens are at one place; its markers and the calculator's 3 count too.
+    offsets = [(entry.token, entry.text_offset) for entry in content if entry.bytes]
+    assert offsets[:3] == [("H", 0), ("i", 1), (" ", 2)]
+    assert [offset for _, offset in offsets[3:]] == [3, 3, 3, 3, 4, 5, 6, 8]
     assert [entry.token for entry in content].count("<|python_start|>") == 1
     for entry in content:
         assert -0.1 < entry.logprob <= 0
@@ -229,6 +233,10 @@ def test_models(client):
     assert model.id == "scripted"
     assert (model.stage, model.step, model.context) == ("chat", 7, scripted.CONTEXT)
     assert model.val_bpb == 1.25
+    assert model.limits == {
+        **{"max_messages": 500, "max_message_chars": 8000, "max_chars": 32_000, "max_prompts": 16},
+        **{"max_n": 8, "max_new_tokens": 4096, "max_temperature": 2, "max_top_k": 200},
+    }
     assert client.models.retrieve("scripted") == model
 
 

@@ -7,6 +7,7 @@ from scripted import TOKENIZER
 
 from nanochat_jax.engine.requests import Token
 from nanochat_jax.serve.text import AnswerReader, TooLong, chat_prompt, prompt_format, stop_ids
+from nanochat_jax.tokenizer import Tokenizer
 
 
 def read(ids, stop=()):
@@ -59,6 +60,17 @@ def test_an_emoji_comes_when_its_last_byte_has():
     reader = AnswerReader(TOKENIZER)
     pieces = [reader.add(Token(0, byte, False, -1.0, ())) for byte in "é😀".encode()]
     assert [text_of(found) for found in pieces] == ["", "é", "", "", "", "😀"]
+
+
+def test_a_token_is_placed_at_the_character_of_its_first_byte():
+    said = [b"a\xf0", b"\x9f\x98", b"\x80b", b"\xe2", b"c", b"\xe2\x82"]
+    tokenizer = Tokenizer([*TOKENIZER.ranks, *(word for word in said if len(word) > 1)])
+    reader = AnswerReader(tokenizer)
+    ids = [*map(tokenizer.ranks.index, said), tokenizer.special_id("<|python_start|>")]
+    pieces = [p for i in ids for p in reader.add(Token(0, i, False, -1.0, ()))]
+    assert text_of(pieces) == "a😀b\ufffdc\ufffd"
+    # A broken character is one of its own; the marker comes after all that it cut off.
+    assert [t.offset for p in pieces for t in p.tokens] == [0, 1, 1, 3, 4, 5, 6]
 
 
 def test_markers_divide_an_answer_into_parts():
