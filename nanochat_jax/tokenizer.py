@@ -282,25 +282,25 @@ class Tokenizer:
     def _message_ids(self, message: Mapping[str, Any]) -> list[int]:
         return [i for piece in self._pieces(message) for i in piece.ids]
 
-    def _pieces(self, message: Mapping[str, Any]) -> list["_Piece"]:
+    def _pieces(self, message: Mapping[str, Any]) -> list["_Segment"]:
         """A message with its markers, piece by piece."""
         start, end = (self.special_id(f"<|{message['role']}_{side}|>") for side in ("start", "end"))
         if message["role"] == "user":
-            return [_Piece([start, *self.encode(message["content"]), end], 0)]
+            return [_Segment([start, *self.encode(message["content"]), end], 0)]
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        return [_Piece([start], 0), *map(self._part, parts), _Piece([end], 1)]
+        return [_Segment([start], 0), *map(self._part, parts), _Segment([end], 1)]
 
-    def _part(self, part: Mapping[str, str]) -> "_Piece":
+    def _part(self, part: Mapping[str, str]) -> "_Segment":
         ids = self.encode(part["text"])
         if part["type"] == "text":
-            return _Piece(ids, 1)
+            return _Segment(ids, 1)
         name, is_supervised = _MARKED_PARTS[part["type"]]
         start, end = (self.special_id(f"<|{name}_{side}|>") for side in ("start", "end"))
-        return _Piece([start, *ids, end], is_supervised)
+        return _Segment([start, *ids, end], is_supervised)
 
 
-class _Piece(NamedTuple):
+class _Segment(NamedTuple):
     ids: list[int]
     is_supervised: int
 

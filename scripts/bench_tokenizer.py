@@ -63,7 +63,7 @@ class BenchTokenizerConfig:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What a contestant is told; `tokens` is the vocabulary without special tokens."""
 
     paths: list[str]
@@ -74,78 +74,78 @@ class Job:
     threads: int
 
 
-def documents(job: Job) -> Iterator[str]:
+def documents(workload: Workload) -> Iterator[str]:
     """The capped documents of the training shards, one row group in memory."""
     import pyarrow.parquet as pq
 
     chars = 0
-    for path in job.paths:
+    for path in workload.paths:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 for text in file.read_row_group(group, columns=["text"])["text"].to_pylist():
-                    yield text[: job.doc_cap]
-                    chars += min(len(text), job.doc_cap)
-                    if chars > job.max_chars:
+                    yield text[: workload.doc_cap]
+                    chars += min(len(text), workload.doc_cap)
+                    if chars > workload.max_chars:
                         return
 
 
-def train_ours(job: Job, texts: Iterator[str] | None = None) -> list[bytes]:
+def train_ours(workload: Workload, texts: Iterator[str] | None = None) -> list[bytes]:
     from nanochat_jax import _rustbpe
 
     trained = _rustbpe.train(
         texts,
-        [] if texts else [Path(path) for path in job.paths],
+        [] if texts else [Path(path) for path in workload.paths],
         column="text",
-        pattern=job.pattern,
-        vocab_size=job.tokens,
-        doc_cap=job.doc_cap,
-        max_chars=job.max_chars,
-        threads=job.threads,
+        pattern=workload.pattern,
+        vocab_size=workload.tokens,
+        doc_cap=workload.doc_cap,
+        max_chars=workload.max_chars,
+        threads=workload.threads,
         progress=None,
     )
     return trained["ranks"]
 
 
-def train_rustbpe(job: Job) -> list[bytes]:
+def train_rustbpe(workload: Workload) -> list[bytes]:
     # Not an import statement: the crate's folder of the same name confuses the linters.
     tokenizer = import_module("rustbpe").Tokenizer()
-    tokenizer.train_from_iterator(documents(job), job.tokens, pattern=job.pattern)
+    tokenizer.train_from_iterator(documents(workload), workload.tokens, pattern=workload.pattern)
     ranks = sorted(tokenizer.get_mergeable_ranks(), key=lambda item: item[1])
     return [bytes(token) for token, _ in ranks]
 
 
-def train_hf(job: Job) -> list[bytes]:
+def train_hf(workload: Workload) -> list[bytes]:
     """Its ties fall otherwise, so its merges differ; only time and memory are compared."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(job.pattern), behavior="isolated"),
+            pre_tokenizers.Split(Regex(workload.pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=job.tokens,
+        vocab_size=workload.tokens,
         min_frequency=0,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(documents(job), trainer)
+    tokenizer.train_from_iterator(documents(workload), trainer)
     return [token.encode() for token in tokenizer.get_vocab()]
 
 
-TRAINERS: dict[str, Callable[[Job], list[bytes]]] = {
+TRAINERS: dict[str, Callable[[Workload], list[bytes]]] = {
     "ours": train_ours,
-    "ours_iter": lambda job: train_ours(job, documents(job)),
+    "ours_iter": lambda workload: train_ours(workload, documents(workload)),
     "rustbpe": train_rustbpe,
     "hf": train_hf,
 }
 
 
-def run_alone(name: str, job: Job) -> dict[str, Any]:
+def run_alone(name: str, workload: Workload) -> dict[str, Any]:
     start, cpu_start = time.perf_counter(), time.process_time()
-    ranks = TRAINERS[name](job)
+    ranks = TRAINERS[name](workload)
     return {
         "s": time.perf_counter() - start,
         "cpu_s": time.process_time() - cpu_start,
@@ -168,11 +168,11 @@ def peak_mib() -> float:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def start_alone(name: str, job: Job) -> dict[str, Any]:
+def start_alone(name: str, workload: Workload) -> dict[str, Any]:
     """Runs this script again as one contestant; what it says on stderr passes through."""
-    threads = {"RAYON_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "true"}
+    threads = {"RAYON_NUM_THREADS": str(workload.threads), "TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
-        [sys.executable, __file__, ALONE, name, json.dumps(asdict(job))],
+        [sys.executable, __file__, ALONE, name, json.dumps(asdict(workload))],
         env=os.environ | threads,
         stdout=subprocess.PIPE,
         text=True,
@@ -217,7 +217,7 @@ def summary(results: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
 
 def main(config: BenchTokenizerConfig) -> None:
     shards = list_shards(config.dataset)
-    job = Job(
+    workload = Workload(
         paths=[str(path) for path in shards.train],
         pattern=SPLIT_PATTERN,
         tokens=config.vocab_size - len(SPECIAL_TOKENS),
@@ -227,7 +227,7 @@ def main(config: BenchTokenizerConfig) -> None:
     )
     results: dict[str, dict[str, Any] | None] = {}
     for name in config.contestants:
-        result = results[name] = start_alone(name, job) if is_installed(name) else None
+        result = results[name] = start_alone(name, workload) if is_installed(name) else None
         if result is None:
             print(f"{TITLES[name]:15} is not installed")
             continue
@@ -236,7 +236,7 @@ def main(config: BenchTokenizerConfig) -> None:
             f"{result['peak_mib']:7.1f} MiB",
             flush=True,
         )
-    tokenizer = Tokenizer(train_ours(job))
+    tokenizer = Tokenizer(train_ours(workload))
     about = {
         "encode_mb_s": round(encode_mb_s(tokenizer, shards, config.threads), 2),
         "threads": config.threads,
@@ -248,7 +248,7 @@ def main(config: BenchTokenizerConfig) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [ALONE]:
-        print(json.dumps(run_alone(sys.argv[2], Job(**json.loads(sys.argv[3])))))
+        print(json.dumps(run_alone(sys.argv[2], Workload(**json.loads(sys.argv[3])))))
         sys.exit()
     try:
         main(parse(BenchTokenizerConfig, "bench_tokenizer", description=__doc__))

@@ -33,7 +33,7 @@ from nanochat_jax.tokenizer import Tokenizer
 COUNTS = ("padding", "dropped", "cut", "skipped")  # tokens, conversations, conversations, rows
 PADDING, DROPPED, CUT, SKIPPED = range(len(COUNTS))
 BUFFER = 100  # conversations that best-fit chooses among, as in the original
-AHEAD = 16  # conversations that each stream has rendered before they are needed
+PREFETCH = 16  # conversations that each stream has rendered before they are needed
 SAMPLE = 2048  # conversations that stand for all when the length of a pass is estimated
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ type Packing = Literal["best-fit", "one-per-row", "stream"]
 type Render = Callable[[Any], tuple[Sequence[int], Sequence[int]]]
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     """One process's rows of a step, int32; target −1 is ignored."""
 
     inputs_RT: np.ndarray
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 # ---- rendering -------------------------------------------------------------------------------
 
 
-class Conversations(Protocol):
+class ConversationSource(Protocol):
     """What this file asks of tasks (tasks/task.py)."""
 
     def __len__(self) -> int: ...
@@ -69,17 +69,17 @@ class Rendered(NamedTuple):
     is_cut: bool = False
 
 
-NOTHING = Rendered(np.zeros(0, np.int32), np.zeros(0, bool))
+EMPTY = Rendered(np.zeros(0, np.int32), np.zeros(0, bool))
 
 
-class Rendering:
+class RenderedDataset:
     """The conversations of `tasks` as tokens that suit a packing, by number, for any thread.
 
     `render` gives ids and mask of a conversation, `end_id` ends each answer in the ids.
     """
 
     def __init__(
-        self, tasks: Conversations, render: Render, end_id: int, packing: Packing, row_len: int
+        self, tasks: ConversationSource, render: Render, end_id: int, packing: Packing, row_len: int
     ):
         if not len(tasks):
             raise ValueError("the tasks have no conversation at all; name others with --tasks")
@@ -98,7 +98,7 @@ class Rendering:
             if not self._has_warned:
                 log.warning("%s is left out: %s", self._tasks.where(i), error)
             self._has_warned = True
-            return NOTHING
+            return EMPTY
         tokens, is_learned = np.asarray(ids, np.int32), np.asarray(mask, bool)
         if self.packing == "stream":
             return Rendered(tokens, np.ones_like(is_learned))
@@ -106,10 +106,10 @@ class Rendering:
 
 
 def render_tasks(
-    tasks: Conversations, tokenizer: Tokenizer, packing: Packing, sequence_len: int
-) -> Rendering:
+    tasks: ConversationSource, tokenizer: Tokenizer, packing: Packing, sequence_len: int
+) -> RenderedDataset:
     """The conversations of tasks in the chat format, for rows of `sequence_len` inputs."""
-    return Rendering(
+    return RenderedDataset(
         tasks,
         lambda conversation: tokenizer.render_conversation(conversation, max_tokens=sys.maxsize),
         tokenizer.special_id("<|assistant_end|>"),
@@ -124,14 +124,14 @@ def cut_to_row(ids: np.ndarray, mask: np.ndarray, row_len: int, end_id: int) -> 
         return Rendered(ids, mask)
     ends = np.flatnonzero(ids[:row_len] == end_id)
     if not len(ends):
-        return NOTHING
+        return EMPTY
     return Rendered(ids[: ends[-1] + 1], mask[: ends[-1] + 1], is_cut=True)
 
 
 # ---- filling rows ----------------------------------------------------------------------------
 
 
-class Held(NamedTuple):
+class Buffered(NamedTuple):
     """A conversation that a stream has taken; `visit` counts those that it took before."""
 
     visit: int
@@ -139,7 +139,7 @@ class Held(NamedTuple):
     mask: np.ndarray
 
 
-type Take = Callable[[], Held]
+type Take = Callable[[], Buffered]
 type Filled = tuple[np.ndarray, np.ndarray]  # ids and mask of at most one row
 
 
@@ -148,9 +148,9 @@ class Packer(Protocol):
 
     offset: int  # tokens of the one held that are used up; of the stream
 
-    def fill(self, take: Take) -> Filled: ...
-    def held(self) -> list[Held]: ...
-    def hold(self, conversations: Sequence[Held]) -> None: ...
+    def pop_row(self, take: Take) -> Filled: ...
+    def buffered(self) -> list[Buffered]: ...
+    def push(self, conversations: Sequence[Buffered]) -> None: ...
 
 
 class BestFit:
@@ -158,15 +158,15 @@ class BestFit:
 
     def __init__(self, row_len: int, buffer: int) -> None:
         self._row_len, self._size = row_len, buffer
-        self._buffer: FitBuffer[Held] = FitBuffer()
+        self._buffer: FitBuffer[Buffered] = FitBuffer()
         self.offset = 0
 
-    def fill(self, take: Take) -> Filled:
-        chosen: list[Held] = []
+    def pop_row(self, take: Take) -> Filled:
+        chosen: list[Buffered] = []
         room = self._row_len
         while room:
             while len(self._buffer) < self._size:
-                self.hold([take()])
+                self.push([take()])
             best = self._buffer.pop_largest(at_most=room)
             if best is None:
                 break
@@ -174,10 +174,10 @@ class BestFit:
             room -= len(best.ids)
         return np.concatenate([c.ids for c in chosen]), np.concatenate([c.mask for c in chosen])
 
-    def held(self) -> list[Held]:
+    def buffered(self) -> list[Buffered]:
         return self._buffer.in_order()
 
-    def hold(self, conversations: Sequence[Held]) -> None:
+    def push(self, conversations: Sequence[Buffered]) -> None:
         for conversation in conversations:
             self._buffer.add(len(conversation.ids), conversation)
 
@@ -187,14 +187,14 @@ class OnePerRow:
 
     offset = 0
 
-    def fill(self, take: Take) -> Filled:
+    def pop_row(self, take: Take) -> Filled:
         conversation = take()
         return conversation.ids, conversation.mask
 
-    def held(self) -> list[Held]:
+    def buffered(self) -> list[Buffered]:
         return []
 
-    def hold(self, conversations: Sequence[Held]) -> None:
+    def push(self, conversations: Sequence[Buffered]) -> None:
         assert not conversations
 
 
@@ -203,28 +203,28 @@ class TokenStream:
 
     def __init__(self, row_len: int) -> None:
         self._row_len = row_len
-        self._held: list[Held] = []  # the conversation that the next row begins in
+        self._buffer: list[Buffered] = []  # the conversation that the next row begins in
         self.offset = 0
 
-    def fill(self, take: Take) -> Filled:
+    def pop_row(self, take: Take) -> Filled:
         parts: list[Filled] = []
         room = self._row_len
         while room:
-            if not self._held or self.offset == len(self._held[0].ids):
-                self._held, self.offset = [take()], 0
+            if not self._buffer or self.offset == len(self._buffer[0].ids):
+                self._buffer, self.offset = [take()], 0
             used = slice(self.offset, self.offset + room)
-            parts.append((self._held[0].ids[used], self._held[0].mask[used]))
+            parts.append((self._buffer[0].ids[used], self._buffer[0].mask[used]))
             self.offset += len(parts[-1][0])
             room -= len(parts[-1][0])
         self.offset -= 1
         ids, masks = zip(*parts, strict=True)
         return np.concatenate(ids), np.concatenate(masks)
 
-    def held(self) -> list[Held]:
-        return list(self._held)
+    def buffered(self) -> list[Buffered]:
+        return list(self._buffer)
 
-    def hold(self, conversations: Sequence[Held]) -> None:
-        self._held = list(conversations)
+    def push(self, conversations: Sequence[Buffered]) -> None:
+        self._buffer = list(conversations)
 
 
 def make_packer(packing: Packing, row_len: int, buffer: int) -> Packer:
@@ -259,7 +259,7 @@ class ConversationStream:
         self,
         index: int,
         layout: Layout,
-        source: Rendering,
+        source: RenderedDataset,
         rendered: grain.DatasetIterator,
         pad_id: int,
     ) -> None:
@@ -280,9 +280,9 @@ class ConversationStream:
     @property
     def used(self) -> int:
         """How many conversations rows were made of, or nothing could be made of."""
-        return self._next - len(self._packer.held())
+        return self._next - len(self._packer.buffered())
 
-    def rows(self) -> list[Rows]:
+    def rows(self) -> list[PackedRows]:
         """This stream's part of a step (each without the axis R), with something to learn in it."""
         for _ in range(len(self._source) + 1):
             rows = [self._row() for _ in range(self._layout.rows // self._layout.streams)]
@@ -295,8 +295,8 @@ class ConversationStream:
             self._counts[SKIPPED] += len(rows)
         raise ValueError("the conversations have nothing to learn: no message of the assistant")
 
-    def _row(self) -> Rows:
-        length, content = self._layout.sequence_len, self._packer.fill(self._take)
+    def _row(self) -> PackedRows:
+        length, content = self._layout.sequence_len, self._packer.pop_row(self._take)
         ids = np.full(length + 1, self._pad_id, np.int32)
         is_learned = np.zeros(length + 1, bool)
         filled = len(content[0])
@@ -304,9 +304,9 @@ class ConversationStream:
         counts = np.zeros(len(COUNTS), np.int32)
         counts[PADDING] = max(length - filled, 0)
         self.used_tokens += min(filled, length)
-        return Rows(ids[:-1], np.where(is_learned, ids, -1)[1:], counts)
+        return PackedRows(ids[:-1], np.where(is_learned, ids, -1)[1:], counts)
 
-    def _take(self) -> Held:
+    def _take(self) -> Buffered:
         """The next conversation that is not dropped."""
         for _ in range(len(self._source)):
             rendered = next(self._rendered)
@@ -316,7 +316,7 @@ class ConversationStream:
                 self._counts[CUT] += 1
                 self.cut.add(number)
             if len(rendered.ids):
-                return Held(self._next - 1, rendered.ids, rendered.mask)
+                return Buffered(self._next - 1, rendered.ids, rendered.mask)
             self._counts[DROPPED] += 1
             self.dropped.add(number)
         raise ValueError(
@@ -325,7 +325,7 @@ class ConversationStream:
         )
 
     def state(self) -> ConversationState:
-        held = self._packer.held()
+        held = self._packer.buffered()
         tokens = sum(len(conversation.ids) for conversation in held)
         visits = tuple(conversation.visit for conversation in held)
         return ConversationState(self._next, visits, self._packer.offset, tokens)
@@ -339,7 +339,9 @@ class ConversationStream:
                 "the conversations of the saved data state have other lengths now: resume with the "
                 "tokenizer and the task data that the run was started with"
             )
-        self._packer.hold([Held(visit, rendered.ids, rendered.mask) for visit, rendered in found])
+        self._packer.push(
+            [Buffered(visit, rendered.ids, rendered.mask) for visit, rendered in found]
+        )
         self._packer.offset = state["offset"]
 
     def _number(self, visit: int) -> int:
@@ -350,9 +352,9 @@ class ConversationStream:
 
 
 class ConversationRows(grain.IterDataset):
-    """A dataset whose elements are one process's `Rows` of a step."""
+    """A dataset whose elements are one process's `PackedRows` of a step."""
 
-    def __init__(self, source: Rendering, layout: Layout, owned: range, pad_id: int) -> None:
+    def __init__(self, source: RenderedDataset, layout: Layout, owned: range, pad_id: int) -> None:
         super().__init__([_rendered(source, index, layout.streams) for index in owned])
         self.counters = Counters()
         self._owned = owned
@@ -368,18 +370,18 @@ class ConversationRows(grain.IterDataset):
         return PackedRowsIterator(rendered, streams, self.counters, stack_rows)
 
 
-def stack_rows(rows: Sequence[Rows]) -> Rows:
-    return Rows(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+def stack_rows(rows: Sequence[PackedRows]) -> PackedRows:
+    return PackedRows(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
-def _rendered(source: Rendering, index: int, streams: int) -> grain.IterDataset:
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
+def _rendered(source: RenderedDataset, index: int, streams: int) -> grain.IterDataset:
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
     endless = grain.MapDataset.source(source).repeat(reseed_each_epoch=False)
     return endless[index::streams].to_iter_dataset(options)
 
 
 def conversation_loader(
-    source: Rendering,
+    source: RenderedDataset,
     pad_id: int,
     *,
     rows: int,
@@ -390,7 +392,7 @@ def conversation_loader(
     state: Mapping[str, Any] | None = None,
     prefetch: int = 3,
 ) -> RowLoader:
-    """Endless `Rows`, rows // process_count of them a step.
+    """Endless `PackedRows`, rows // process_count of them a step.
 
     `rows` counts the whole step over all processes and micro-batches. `state` comes from
     `get_state` (or `merge_states`). ValueError for a layout that does not divide, a state of other
@@ -411,25 +413,29 @@ def conversation_loader(
     return loader
 
 
-def first_batches(source: Rendering, pad_id: int, n_batches: int, **layout: Any) -> Iterator[Rows]:
+def first_batches(
+    source: RenderedDataset, pad_id: int, n_batches: int, **layout: Any
+) -> Iterator[PackedRows]:
     """The first `n_batches` of `conversation_loader(source, pad_id, **layout)`."""
     with conversation_loader(source, pad_id, **layout) as loader:
         for _ in range(n_batches):
             yield next(loader)
 
 
-class Pass(NamedTuple):
+class PackingStats(NamedTuple):
     """What one pass over conversations amounts to, as far as a sample of them tells."""
 
     conversations: int
     rows: float  # an estimate unless all were looked at
     padding_share: float
-    looked_at: int
+    sampled: int
     counts: dict[str, int]  # COUNTS of those looked at
     digest: str  # of the rows looked at
 
 
-def look_ahead(source: Rendering, pad_id: int, sample: int = SAMPLE, buffer: int = BUFFER) -> Pass:
+def estimate_epoch(
+    source: RenderedDataset, pad_id: int, sample: int = SAMPLE, buffer: int = BUFFER
+) -> PackingStats:
     """Makes rows of the first `sample` conversations, to know how many all of them will make."""
     layout = Layout(1, source.row_len - 1, 1, buffer)
     iterator = _rendered(source, 0, 1).__iter__()
@@ -445,7 +451,7 @@ def look_ahead(source: Rendering, pad_id: int, sample: int = SAMPLE, buffer: int
         iterator.close()
     # The buffer takes those of a small file again and again.
     counts[DROPPED], counts[CUT] = len(stream.dropped), len(stream.cut)
-    return Pass(
+    return PackingStats(
         len(source),
         n_rows * len(source) / stream.used,
         counts[PADDING] / (n_rows * layout.sequence_len),

@@ -91,7 +91,7 @@ def _how_to_get(dataset: str) -> str:
 # ---- reading ---------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
+class TextBlock(NamedTuple):
     """A run of consecutive documents inside one row group: the unit in which text is read."""
 
     path: Path
@@ -132,7 +132,7 @@ class DocumentBlocks:
         block = self.blocks[index]
         return _texts(self._row_group(block).take([block.start + at for at in positions]))
 
-    def _row_group(self, block: Block) -> pa.ChunkedArray:
+    def _row_group(self, block: TextBlock) -> pa.ChunkedArray:
         key = (block.path, block.row_group)
         footer = self._footers[block.path]
         if footer.row_group(block.row_group).num_rows <= BLOCK_DOCS:
@@ -200,11 +200,11 @@ def _fingerprint(paths: Sequence[Path], counts: Sequence[list[int]]) -> str:
     return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
 
-def _cut(paths: Sequence[Path], counts: Sequence[list[int]], min_blocks: int) -> list[Block]:
+def _cut(paths: Sequence[Path], counts: Sequence[list[int]], min_blocks: int) -> list[TextBlock]:
     size = BLOCK_DOCS
     while True:
         blocks = [
-            Block(path, row_group, start, min(size, rows - start))
+            TextBlock(path, row_group, start, min(size, rows - start))
             for path, sizes in zip(paths, counts, strict=True)
             for row_group, rows in enumerate(sizes)
             for start in range(0, rows, size)

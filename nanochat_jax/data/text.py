@@ -25,7 +25,7 @@ REFILL_DOCS = 128  # documents that enter the packing buffer at once, as in the 
 VISIT, POSITION, LENGTH = map(itemgetter, range(3))  # of a Document; a state reads thousands
 
 
-class Encoder(Protocol):
+class BatchEncoder(Protocol):
     """What the loader asks of a tokenizer."""
 
     def encode_batch(
@@ -39,7 +39,7 @@ class BlockEncoder:
     It runs in the threads that grain keeps; tiktoken lets go of the GIL meanwhile.
     """
 
-    def __init__(self, tokenizer: Encoder, row_len: int, threads: int) -> None:
+    def __init__(self, tokenizer: BatchEncoder, row_len: int, threads: int) -> None:
         self._tokenizer = tokenizer
         self._row_len = row_len
         self._threads = threads
@@ -167,7 +167,7 @@ class Stream:
 # ---- all streams of one process --------------------------------------------------------------
 
 
-class PackedRows(grain.IterDataset):
+class TextRows(grain.IterDataset):
     """A dataset whose elements are one process's rows of a step, (rows, T+1) int32."""
 
     def __init__(
@@ -205,7 +205,7 @@ class PackedRows(grain.IterDataset):
 
 def train_loader(
     shards: Shards,
-    tokenizer: Encoder,
+    tokenizer: BatchEncoder,
     *,
     rows: int,
     sequence_len: int,
@@ -236,7 +236,7 @@ def train_loader(
 
 def val_batches(
     shards: Shards,
-    tokenizer: Encoder,
+    tokenizer: BatchEncoder,
     *,
     rows: int,
     sequence_len: int,
@@ -272,7 +272,7 @@ def _val_streams(shards: Shards, at_most: int) -> int:
 
 def _row_loader(
     paths: Sequence[Path],
-    tokenizer: Encoder,
+    tokenizer: BatchEncoder,
     layout: Layout,
     process_index: int,
     process_count: int,
@@ -282,11 +282,11 @@ def _row_loader(
 ) -> RowLoader:
     owned = layout.owned_streams(process_index, process_count)
     blocks = DocumentBlocks(paths, min_blocks=layout.streams)
-    at_once = 1 if passes else len(owned)  # blocks that are tokenised side by side
-    threads = max(1, (threads or _cpus()) // at_once)
+    workers = 1 if passes else len(owned)  # blocks that are tokenised side by side
+    threads = max(1, (threads or _cpus()) // workers)
     encode = BlockEncoder(tokenizer, layout.sequence_len + 1, threads)
     identity = {"version": 1, "layout": asdict(layout), "data": blocks.fingerprint}
-    return RowLoader(PackedRows(blocks, encode, layout, owned, passes), identity, prefetch)
+    return RowLoader(TextRows(blocks, encode, layout, owned, passes), identity, prefetch)
 
 
 def _cpus() -> int:

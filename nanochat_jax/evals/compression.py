@@ -33,7 +33,7 @@ NOT_AVAILABLE = "not available"
 type Encode = Callable[[str], list[int]]
 
 
-class Row(NamedTuple):
+class TokenCounts(NamedTuple):
     """One text: its size, our tokens, and those of each other tokenizer that is there."""
 
     name: str
@@ -108,10 +108,10 @@ def _load_aside(encoding: str) -> Future[tiktoken.Encoding]:
 
 def compare(
     texts: Mapping[str, str], encode: Encode, others: Mapping[str, Encode | None]
-) -> list[Row]:
+) -> list[TokenCounts]:
     """Counts bytes and tokens of every text; empty texts are left out."""
     return [
-        Row(
+        TokenCounts(
             name,
             len(text.encode()),
             len(encode(text)),
@@ -122,7 +122,9 @@ def compare(
     ]
 
 
-def report_cells(rows: Sequence[Row], tokenizer: Tokenizer) -> tuple[list[str], list[list[str]]]:
+def report_cells(
+    rows: Sequence[TokenCounts], tokenizer: Tokenizer
+) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the report, the same for the terminal and for Markdown."""
     heads = ["text", "bytes", "tokens", f"ours ({tokenizer.vocab_size:,})"]
     for other, (_, vocab_size) in GPT_ENCODINGS.items():

@@ -21,12 +21,12 @@ from nanochat_jax.attention import attention_kernel
 from nanochat_jax.checkpoint import model_meta, open_checkpoints
 from nanochat_jax.data.conversations import (
     COUNTS,
+    PackedRows,
     Packing,
-    Pass,
-    Rendering,
-    Rows,
+    PackingStats,
+    RenderedDataset,
     conversation_loader,
-    look_ahead,
+    estimate_epoch,
     render_tasks,
 )
 from nanochat_jax.data.loader import RowLoader
@@ -159,8 +159,8 @@ class Job:
     mesh: Mesh
     tokenizer: Tokenizer
     tasks: TaskNames
-    rendering: Rendering
-    found: Pass
+    rendering: RenderedDataset
+    found: PackingStats
     batching: Batching
     streams: int
 
@@ -213,7 +213,7 @@ def prepare(stage: StageName, config: FinetuneConfig) -> Job:
     rendering = render_tasks(
         mixture(tasks.train, "train"), tokenizer, packing, gpt_config.sequence_len
     )
-    found = look_ahead(rendering, tokenizer.bos_id)
+    found = estimate_epoch(rendering, tokenizer.bos_id)
     steps = _num_iterations(config, found, rows)
     streams = streams_for(rows, config.data_streams or streams_of(found.conversations, rows))
     dtype = compute_dtype(config.dtype)
@@ -263,7 +263,7 @@ def _batching(source: Source, config: FinetuneConfig, form: Form, n_devices: int
     return Batching(total, at_once, accumulation)
 
 
-def _num_iterations(config: FinetuneConfig, found: Pass, rows: int) -> int:
+def _num_iterations(config: FinetuneConfig, found: PackingStats, rows: int) -> int:
     if config.num_iterations is not None:
         return config.num_iterations
     if config.epochs <= 0:
@@ -343,7 +343,7 @@ class _Counted(NamedTuple):
     counts_C: jax.Array  # COUNTS of the whole step
 
 
-def _put(accumulation: int, mesh: Mesh, rows: Rows) -> _Counted:
+def _put(accumulation: int, mesh: Mesh, rows: PackedRows) -> _Counted:
     inputs, targets, counts = put_arrays(rows, accumulation, mesh)
     return _Counted(Batch(inputs, targets), _total(counts))
 
@@ -366,7 +366,7 @@ def _train_step(job: Job) -> Callable[[TrainState, _Counted], tuple[TrainState, 
 
 
 def _evaluate(job: Job, stopped: Callable[[], bool]) -> Evaluate:
-    def rows() -> Iterator[Rows]:
+    def rows() -> Iterator[PackedRows]:
         source = render_tasks(
             mixture(job.tasks.val, "test"), job.tokenizer, job.rendering.packing, job.sequence_len
         )

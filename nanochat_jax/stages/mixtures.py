@@ -15,12 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.data.conversations import (
+    PackedRows,
     Packing,
-    Pass,
-    Rendering,
-    Rows,
+    PackingStats,
+    RenderedDataset,
+    estimate_epoch,
     first_batches,
-    look_ahead,
 )
 from nanochat_jax.distributed import say
 from nanochat_jax.stages.stage import STREAMS
@@ -42,8 +42,8 @@ EMBEDDED_TASKS = (
     "identity-local[2000]"
 )
 TEST_TASKS = {"mmlu-aux": "mmlu"}  # the task that has a test part, where it is another
-HELD_OUT = 20  # one example in so many
-ENOUGH = 16  # conversations of a stream
+VAL_EVERY = 20  # one example in so many
+MIN_PER_STREAM = 16  # conversations of a stream
 VAL_SAMPLE = 512  # validation conversations that tell how many rows all of them make
 
 _TASK = re.compile(r"(?P<name>[^\[\]*]+)(\[(?P<limit>[1-9]\d*)\])?(\*(?P<times>[1-9]\d*))?")
@@ -126,7 +126,7 @@ def _part(one: Listed, split: str) -> Task:
     if _test_split(one.name) == "test":
         return make_task(one.name, split, limit=one.limit)
     whole = make_task(one.name, "train", limit=one.limit)
-    kept = len(whole) - max(1, len(whole) // HELD_OUT)
+    kept = len(whole) - max(1, len(whole) // VAL_EVERY)
     if not kept:
         raise ValueError(f"{one} has a single conversation; at least 2 are needed, one to measure")
     return Slice(whole, 0, kept) if split == "train" else Slice(whole, kept)
@@ -148,51 +148,51 @@ def streams_of(n_conversations: int, rows: int) -> int:
     processes = jax.process_count()
     most = gcd(lcm(STREAMS, processes), rows)
     fitting = [s for s in range(1, most + 1) if most % s == 0 and s % processes == 0]
-    return max((s for s in fitting if s * ENOUGH <= n_conversations), default=processes)
+    return max((s for s in fitting if s * MIN_PER_STREAM <= n_conversations), default=processes)
 
 
 # --- what the model is measured on ----------------------------------------------------------------
 
 
 def validation_batches(
-    source: Rendering, pad_id: int, *, rows: int, n_tokens: int
-) -> Iterator[Rows]:
+    source: RenderedDataset, pad_id: int, *, rows: int, n_tokens: int
+) -> Iterator[PackedRows]:
     """This process's validation rows, in batches of `rows` over all processes.
 
     About one pass, and `n_tokens` at most, but never less than one round of the streams; the same
     rows on any number of devices, as long as nothing has to be rounded.
     """
     length, streams = source.row_len - 1, streams_of(len(source), STREAMS * jax.process_count())
-    at_once = lcm(rows, streams)
-    one_pass = ceil(look_ahead(source, pad_id, VAL_SAMPLE).rows)
+    round_rows = lcm(rows, streams)
+    one_pass = ceil(estimate_epoch(source, pad_id, VAL_SAMPLE).rows)
     rounds = first_batches(
         source,
         pad_id,
-        max(1, min(n_tokens // length, one_pass) // at_once),
-        rows=at_once,
+        max(1, min(n_tokens // length, one_pass) // round_rows),
+        rows=round_rows,
         streams=streams,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return (part for whole in rounds for part in split_rows(whole, at_once // rows))
+    return (part for whole in rounds for part in split_rows(whole, round_rows // rows))
 
 
-def split_rows(rows: Rows, parts: int) -> list[Rows]:
+def split_rows(rows: PackedRows, parts: int) -> list[PackedRows]:
     """Equal parts, in order."""
-    return [Rows(*arrays) for arrays in zip(*(np.split(a, parts) for a in rows), strict=True)]
+    return [PackedRows(*arrays) for arrays in zip(*(np.split(a, parts) for a in rows), strict=True)]
 
 
-def put_validation(rows: Rows, accumulation: int, mesh: Mesh) -> Batch:
+def put_validation(rows: PackedRows, accumulation: int, mesh: Mesh) -> Batch:
     return Batch(*put_arrays((rows.inputs_RT, rows.targets_RT), accumulation, mesh))
 
 
 # --- what is said of it ---------------------------------------------------------------------------
 
 
-def describe_pass(found: Pass, packing: Packing) -> str:
+def describe_pass(found: PackingStats, packing: Packing) -> str:
     """One sentence on the conversations and what they amount to."""
-    sure = found.looked_at >= found.conversations
-    about = "" if sure else f" (estimated from the first {found.looked_at:,})"
+    sure = found.sampled >= found.conversations
+    about = "" if sure else f" (estimated from the first {found.sampled:,})"
     told = [
         f"{found.conversations:,} conversations make {ceil(found.rows):,} rows, {packing}{about}",
         f"padding {100 * found.padding_share:.1f} %",

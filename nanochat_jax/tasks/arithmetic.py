@@ -7,7 +7,7 @@ has the numbers of the question in its order: a small model can learn to copy th
 import random
 from typing import NamedTuple
 
-from nanochat_jax.tasks.synthetic import Drawn
+from nanochat_jax.tasks.synthetic import Example
 from nanochat_jax.tasks.task import exchange, python, text
 
 NAMES = ("Ada", "Ben", "Clara", "Emil", "Grace", "Ivo", "Lena", "Max", "Nora", "Tom")
@@ -55,7 +55,7 @@ class Sum(NamedTuple):
         return {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else 0}[self.op]
 
 
-def draw_arithmetic(rng: random.Random) -> Drawn:
+def sample_arithmetic(rng: random.Random) -> Example:
     """One question; its key is the expression."""
     kind = rng.random()
     if kind < 0.15:
@@ -66,10 +66,10 @@ def draw_arithmetic(rng: random.Random) -> Drawn:
     return _solved(question, f"{drawn.a}{drawn.op}{drawn.b}", drawn.value)
 
 
-def _solved(question: str, expression: str, value: int | float) -> Drawn:
+def _solved(question: str, expression: str, value: int | float) -> Example:
     short = str(value).removesuffix(".0")  # a quotient is 12.0 for the calculator
     answer = [*python(expression, str(value)), text(f"That makes {short}.\n#### {short}")]
-    return Drawn(expression, exchange(question, answer))
+    return Example(expression, exchange(question, answer))
 
 
 def _number(rng: random.Random) -> int:
@@ -101,7 +101,7 @@ def _story(rng: random.Random, drawn: Sum) -> str:
     )
 
 
-def _long_sum(rng: random.Random) -> Drawn:
+def _long_sum(rng: random.Random) -> Example:
     """Three numbers, sometimes with parentheses."""
     a, b, c = (rng.randrange(1, 100) for _ in range(3))
     spaced, value = rng.choice(

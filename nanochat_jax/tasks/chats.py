@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nanochat_jax.tasks.rows import Faults, Rows, is_blank
+from nanochat_jax.tasks.rows import Faults, TaskRows, is_blank
 from nanochat_jax.tasks.task import (
     Conversation,
     Skipped,
@@ -31,7 +31,7 @@ class SmolTalk(Task):
     name, kind = "smoltalk", "generative"
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._rows = Rows(self.name, files, SMOLTALK_SCHEMA, _smoltalk_faults)
+        self._rows = TaskRows(self.name, files, SMOLTALK_SCHEMA, _smoltalk_faults)
         self.skipped = self._rows.skipped
 
     def __len__(self) -> int:

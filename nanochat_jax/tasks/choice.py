@@ -7,7 +7,7 @@ it: what a small model can find by looking, or know from having read such text.
 import random
 import re
 
-from nanochat_jax.tasks.synthetic import Drawn
+from nanochat_jax.tasks.synthetic import Example
 from nanochat_jax.tasks.task import LETTERS, exchange, multiple_choice
 from nanochat_jax.tasks.words import find_sentences, find_words
 
@@ -16,7 +16,7 @@ MIN_LETTERS = 4  # of a word that is asked for: "the" fits anywhere
 COMMON = 1500  # wrong choices are among so many of the most frequent words
 
 
-def draw_choice(rng: random.Random) -> Drawn:
+def sample_choice(rng: random.Random) -> Example:
     """A question about a sentence, which is the key, or one for a word, likewise."""
     if rng.random() < 0.4:
         word = _common_word(rng)
@@ -29,12 +29,12 @@ def draw_choice(rng: random.Random) -> Drawn:
     return _asked(rng, sentence, f"Which word is missing? {gapped}", word)
 
 
-def _asked(rng: random.Random, key: str, question: str, right: str) -> Drawn:
+def _asked(rng: random.Random, key: str, question: str, right: str) -> Example:
     choices = [right, *_others(rng, f"{question} {right}")]
     rng.shuffle(choices)
     answer = LETTERS[choices.index(right)]
     asked = multiple_choice(question, LETTERS, choices)
-    return Drawn(key, exchange(asked, answer, letters=LETTERS))
+    return Example(key, exchange(asked, answer, letters=LETTERS))
 
 
 def _words_of(sentence: str) -> list[str]:

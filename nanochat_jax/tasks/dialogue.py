@@ -2,10 +2,10 @@
 
 import random
 
-from nanochat_jax.tasks.arithmetic import draw_arithmetic
-from nanochat_jax.tasks.identity import NAME, draw_identity, says_its_name
-from nanochat_jax.tasks.spelling import draw_counting, draw_spelling
-from nanochat_jax.tasks.synthetic import Drawn, split_of
+from nanochat_jax.tasks.arithmetic import sample_arithmetic
+from nanochat_jax.tasks.identity import NAME, sample_identity, says_its_name
+from nanochat_jax.tasks.spelling import sample_counting, sample_spelling
+from nanochat_jax.tasks.synthetic import Example, split_of
 from nanochat_jax.tasks.task import (
     Conversation,
     extract_answer,
@@ -14,18 +14,18 @@ from nanochat_jax.tasks.task import (
     reference,
 )
 
-DRAWS = (draw_arithmetic, draw_identity, draw_counting, draw_spelling)
+SAMPLERS = (sample_arithmetic, sample_identity, sample_counting, sample_spelling)
 
 
-def draw_dialogue(rng: random.Random) -> Drawn:
+def sample_dialogue(rng: random.Random) -> Example:
     """Two questions of the same split; the key is that of the first."""
-    first = rng.choice(DRAWS)(rng)
+    first = rng.choice(SAMPLERS)(rng)
     while True:
-        second = rng.choice(DRAWS)(rng)
+        second = rng.choice(SAMPLERS)(rng)
         if split_of(second.key) == split_of(first.key):
             break
     messages = first.conversation["messages"] + second.conversation["messages"]
-    return Drawn(first.key, {"messages": messages})
+    return Example(first.key, {"messages": messages})
 
 
 def is_last_answer(conversation: Conversation, completion: str) -> bool:

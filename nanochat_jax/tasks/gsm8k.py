@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_jax.tasks.rows import Rows, blank_faults, strings
+from nanochat_jax.tasks.rows import TaskRows, blank_faults, strings
 from nanochat_jax.tasks.task import (
     Conversation,
     Part,
@@ -26,7 +26,7 @@ class GSM8K(Task):
 
     def __init__(self, files: Sequence[Path]) -> None:
         schema = strings("question", "answer")
-        self._rows = Rows(self.name, files, schema, blank_faults)
+        self._rows = TaskRows(self.name, files, schema, blank_faults)
         self.skipped = self._rows.skipped
 
     def __len__(self) -> int:

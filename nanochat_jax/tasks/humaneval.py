@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_jax.sandbox.run import run
-from nanochat_jax.tasks.rows import Rows, blank_faults, strings
+from nanochat_jax.tasks.rows import TaskRows, blank_faults, strings
 from nanochat_jax.tasks.task import Conversation, Task, check_index, exchange
 
 SCHEMA = strings("prompt", "canonical_solution", "entry_point", "test")
@@ -20,7 +20,7 @@ class HumanEval(Task):
     name, kind = "humaneval", "generative"
 
     def __init__(self, files: Sequence[Path], *, allow_unsandboxed: bool = False) -> None:
-        self._rows = Rows(self.name, files, SCHEMA, blank_faults)
+        self._rows = TaskRows(self.name, files, SCHEMA, blank_faults)
         self.skipped, self._allow_unsandboxed = self._rows.skipped, allow_unsandboxed
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ It also learns to say that it does not know the answers to the questions of the 
 
 import random
 
-from nanochat_jax.tasks.synthetic import Drawn
+from nanochat_jax.tasks.synthetic import Example
 from nanochat_jax.tasks.task import Conversation, exchange
 from nanochat_jax.tasks.words import find_words
 
@@ -108,12 +108,12 @@ WORLD = (
 NO_IDEA = f"I do not know. I am {NAME}, and too small for that."
 
 
-def draw_identity(rng: random.Random) -> Drawn:
+def sample_identity(rng: random.Random) -> Example:
     """One question about the model, or the world; the key is the question as it is put."""
     if rng.random() < 0.15:
         word, other = rng.choice(find_words()), rng.choice(find_words())
         question = rng.choice(WORLD).format(word=word, other=other)
-        return Drawn(question, exchange(question[0].upper() + question[1:], NO_IDEA))
+        return Example(question, exchange(question[0].upper() + question[1:], NO_IDEA))
     questions, answer = rng.choice(TALK)
     question = rng.choice(questions)
     if question.endswith("?"):
@@ -122,7 +122,7 @@ def draw_identity(rng: random.Random) -> Drawn:
         asked = question.lower().rstrip("?!.")
     else:
         asked = question[0].upper() + question[1:]
-    return Drawn(question.lower().strip("?!. "), exchange(asked, answer))
+    return Example(question.lower().strip("?!. "), exchange(asked, answer))
 
 
 def says_its_name(_: Conversation, completion: str) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nanochat_jax.tasks.rows import Faults, Rows, blank_faults
+from nanochat_jax.tasks.rows import Faults, TaskRows, blank_faults
 from nanochat_jax.tasks.task import (
     LETTERS,
     Conversation,
@@ -39,7 +39,7 @@ class MMLU(Task):
 
     def __init__(self, files: Sequence[Path], name: str = "mmlu") -> None:
         self.name = name
-        self._rows = Rows(name, files, MMLU_SCHEMA, _mmlu_faults)
+        self._rows = TaskRows(name, files, MMLU_SCHEMA, _mmlu_faults)
         self.skipped = self._rows.skipped
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class ARC(Task):
 
     def __init__(self, files: Sequence[Path], name: str) -> None:
         self.name = name
-        self._rows = Rows(name, files, ARC_SCHEMA, _arc_faults)
+        self._rows = TaskRows(name, files, ARC_SCHEMA, _arc_faults)
         self.skipped = self._rows.skipped
 
     def __len__(self) -> int:

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from nanochat_jax.data.download import Progress
-from nanochat_jax.tasks.arithmetic import draw_arithmetic
+from nanochat_jax.tasks.arithmetic import sample_arithmetic
 from nanochat_jax.tasks.chats import CustomJSON, SmolTalk
-from nanochat_jax.tasks.choice import draw_choice
-from nanochat_jax.tasks.dialogue import draw_dialogue, is_last_answer
+from nanochat_jax.tasks.choice import sample_choice
+from nanochat_jax.tasks.dialogue import is_last_answer, sample_dialogue
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.humaneval import HumanEval
-from nanochat_jax.tasks.identity import draw_identity, says_its_name
+from nanochat_jax.tasks.identity import sample_identity, says_its_name
 from nanochat_jax.tasks.mixture import Slice
 from nanochat_jax.tasks.multiple_choice import ARC, MMLU
 from nanochat_jax.tasks.sources import (
@@ -36,9 +36,9 @@ from nanochat_jax.tasks.sources import (
 from nanochat_jax.tasks.spelling import (
     SimpleSpelling,
     SpellingBee,
-    draw_counting,
-    draw_spelling,
     read_words,
+    sample_counting,
+    sample_spelling,
 )
 from nanochat_jax.tasks.synthetic import SPLITS, Synthetic
 from nanochat_jax.tasks.task import Task, is_reference, is_reference_number
@@ -61,17 +61,17 @@ OF_WORDS: dict[str, Callable[[list[str], str, int | None], Task]] = {
 # Called with a split and a limit. A class of your own gets its name here.
 MADE_HERE: dict[str, Callable[[str, int | None], Task]] = {
     "arithmetic": partial(
-        Synthetic, "arithmetic", "generative", draw_arithmetic, is_reference_number
+        Synthetic, "arithmetic", "generative", sample_arithmetic, is_reference_number
     ),
-    "counting": partial(Synthetic, "counting", "generative", draw_counting, is_reference_number),
+    "counting": partial(Synthetic, "counting", "generative", sample_counting, is_reference_number),
     "spelling-local": partial(
-        Synthetic, "spelling-local", "generative", draw_spelling, is_reference
+        Synthetic, "spelling-local", "generative", sample_spelling, is_reference
     ),
-    "choice": partial(Synthetic, "choice", "categorical", draw_choice, is_reference),
+    "choice": partial(Synthetic, "choice", "categorical", sample_choice, is_reference),
     "identity-local": partial(
-        Synthetic, "identity-local", "generative", draw_identity, says_its_name
+        Synthetic, "identity-local", "generative", sample_identity, says_its_name
     ),
-    "dialogue": partial(Synthetic, "dialogue", "generative", draw_dialogue, is_last_answer),
+    "dialogue": partial(Synthetic, "dialogue", "generative", sample_dialogue, is_last_answer),
 }
 JSON = "json:"
 

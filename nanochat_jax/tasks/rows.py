@@ -16,7 +16,7 @@ SHUFFLE_SEED = 42
 type Faults = Mapping[int, str]
 
 
-class Rows:
+class TaskRows:
     """The usable rows of some files: `rows[i]` is a dictionary of the columns.
 
     `find_faults(table)` says which rows, by number, are unusable and why; they are reported in one

@@ -60,7 +60,7 @@ class HubSplit(NamedTuple):
         return paths if all(path.is_file() for path in paths) else []
 
 
-class HubDataset(NamedTuple):
+class HubTask(NamedTuple):
     """A task's data: `splits` are ours and what the hub calls them."""
 
     repo_id: str
@@ -75,17 +75,15 @@ class HubDataset(NamedTuple):
 
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
 HUB_TASKS = {
-    "smoltalk": HubDataset(
+    "smoltalk": HubTask(
         "HuggingFaceTB/smol-smoltalk", "default", {"train": "train", "test": "test"}
     ),
-    "mmlu": HubDataset(
-        "cais/mmlu", "all", {"test": "test", "validation": "validation", "dev": "dev"}
-    ),
-    "mmlu-aux": HubDataset("cais/mmlu", "all", {"train": "auxiliary_train"}),
-    "gsm8k": HubDataset("openai/gsm8k", "main", {"train": "train", "test": "test"}),
-    "arc-easy": HubDataset("allenai/ai2_arc", "ARC-Easy", _ALL),
-    "arc-challenge": HubDataset("allenai/ai2_arc", "ARC-Challenge", _ALL),
-    "humaneval": HubDataset("openai/openai_humaneval", "openai_humaneval", {"test": "test"}),
+    "mmlu": HubTask("cais/mmlu", "all", {"test": "test", "validation": "validation", "dev": "dev"}),
+    "mmlu-aux": HubTask("cais/mmlu", "all", {"train": "auxiliary_train"}),
+    "gsm8k": HubTask("openai/gsm8k", "main", {"train": "train", "test": "test"}),
+    "arc-easy": HubTask("allenai/ai2_arc", "ARC-Easy", _ALL),
+    "arc-challenge": HubTask("allenai/ai2_arc", "ARC-Challenge", _ALL),
+    "humaneval": HubTask("openai/openai_humaneval", "openai_humaneval", {"test": "test"}),
 }
 
 

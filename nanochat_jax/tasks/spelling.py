@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from nanochat_jax.tasks.synthetic import SPLITS, Drawn
+from nanochat_jax.tasks.synthetic import SPLITS, Example
 from nanochat_jax.tasks.task import (
     Conversation,
     Part,
@@ -23,7 +23,7 @@ from nanochat_jax.tasks.task import (
     python,
     text,
 )
-from nanochat_jax.tasks.words import draw_word
+from nanochat_jax.tasks.words import sample_word
 
 SIZE = 1000  # examples unless a limit asks for fewer or more
 TEST_SEEDS = 10_000_000  # example i of the test is drawn with this + i
@@ -120,20 +120,20 @@ def count_call(word: str, letter: str) -> list[Part]:
     return python(f"'{word}'.count('{letter}')", str(word.count(letter)))
 
 
-def draw_counting(rng: random.Random) -> Drawn:
+def sample_counting(rng: random.Random) -> Example:
     """The calculator counts a letter of a word, or of a made-up one; the key is the word."""
-    word = draw_word(rng)
+    word = sample_word(rng)
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice(ascii_lowercase)
     question = rng.choice(COUNT_QUESTIONS).format(word=word, letter=letter)
     count = word.count(letter)
     answer = [*count_call(word, letter), text(f"I count {count}.\n#### {count}")]
-    return Drawn(word, exchange(question, answer))
+    return Example(word, exchange(question, answer))
 
 
-def draw_spelling(rng: random.Random) -> Drawn:
+def sample_spelling(rng: random.Random) -> Example:
     """A word, or a made-up one, and its letters with spaces between, each of them one token."""
-    word = draw_word(rng)
-    return Drawn(word, exchange(rng.choice(SPELL_QUESTIONS).format(word=word), " ".join(word)))
+    word = sample_word(rng)
+    return Example(word, exchange(rng.choice(SPELL_QUESTIONS).format(word=word), " ".join(word)))
 
 
 @cache

@@ -14,18 +14,18 @@ from nanochat_jax.tasks.task import Conversation, Task, check_index
 
 SPLITS = ("train", "test")
 SIZES = {"train": 8192, "test": 512}  # examples unless a limit asks for fewer or more
-TEST_SHARE = 10  # one key in ten is for testing
-PATIENCE = 1000  # draws; that none of them is of the wanted split has a probability of 1e-46
+TEST_EVERY = 10  # one key in ten is for testing
+MAX_ATTEMPTS = 1000  # draws; that none of them is of the wanted split has a probability of 1e-46
 
 
-class Drawn(NamedTuple):
+class Example(NamedTuple):
     """An example, and the key that decides which split it is of."""
 
     key: str
     conversation: Conversation
 
 
-type Draw = Callable[[random.Random], Drawn]
+type Sampler = Callable[[random.Random], Example]
 type Judge = Callable[[Conversation, str], bool]
 
 
@@ -36,7 +36,7 @@ class Synthetic(Task):
         self,
         name: str,
         kind: Literal["categorical", "generative"],
-        draw: Draw,
+        draw: Sampler,
         judge: Judge,
         split: str,
         size: int | None = None,
@@ -44,7 +44,7 @@ class Synthetic(Task):
         if split not in SPLITS:
             raise ValueError(f"{name} has the splits {' and '.join(SPLITS)}, not {split!r}")
         self.name, self.kind = name, kind
-        self._draw, self._judge, self._split = draw, judge, split
+        self._sample, self._judge, self._split = draw, judge, split
         self._size = SIZES[split] if size is None else size
 
     def __len__(self) -> int:
@@ -53,8 +53,8 @@ class Synthetic(Task):
     def __getitem__(self, i: int) -> Conversation:
         check_index(i, len(self))
         rng = random.Random(f"{self.name} {self._split} {i}")
-        for _ in range(PATIENCE):
-            drawn = self._draw(rng)
+        for _ in range(MAX_ATTEMPTS):
+            drawn = self._sample(rng)
             if split_of(drawn.key) == self._split:
                 return drawn.conversation
         raise ValueError(f"{self.name} has nothing for {self._split}: its source is too small")
@@ -66,4 +66,4 @@ class Synthetic(Task):
 def split_of(key: str) -> str:
     """The split that a key belongs to, the same on every machine."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+    return "test" if int.from_bytes(digest, "big") % TEST_EVERY == 0 else "train"

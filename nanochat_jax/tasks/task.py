@@ -21,7 +21,7 @@ type Conversation = dict[str, Any]
 type Part = dict[str, str]
 
 LETTERS = ("A", "B", "C", "D")
-NAMED = 20  # unusable rows that a warning names
+MAX_NAMED = 20  # unusable rows that a warning names
 
 
 class Skipped(NamedTuple):
@@ -173,9 +173,9 @@ def report_skipped(name: str, skipped: Sequence[Skipped], total: int) -> None:
         first = f"the first is {skipped[0].where}: {skipped[0].why}"
         raise ValueError(f"{name}: none of {total:,} rows can be used; {first}")
     lines = [f"{name}: {len(skipped)} of {total} rows cannot be used:"]
-    lines += [f"  {row.where}: {row.why}" for row in skipped[:NAMED]]
-    if len(skipped) > NAMED:
-        lines.append(f"  and {len(skipped) - NAMED} more")
+    lines += [f"  {row.where}: {row.why}" for row in skipped[:MAX_NAMED]]
+    if len(skipped) > MAX_NAMED:
+        lines.append(f"  and {len(skipped) - MAX_NAMED} more")
     log.warning("\n".join(lines))
 
 

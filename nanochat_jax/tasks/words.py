@@ -30,7 +30,7 @@ def find_words() -> list[str]:
     return _words(base_dir())
 
 
-def draw_word(rng: random.Random) -> str:
+def sample_word(rng: random.Random) -> str:
     """A word of the text or, as often, the beginning of one and the end of another.
 
     There are few words, so a model would learn them by heart; made-up ones make it read.

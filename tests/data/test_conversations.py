@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from nanochat_jax.data.conversations import (
     COUNTS,
-    Rendering,
-    Rows,
+    PackedRows,
+    RenderedDataset,
     conversation_loader,
     cut_to_row,
+    estimate_epoch,
     first_batches,
-    look_ahead,
     render_tasks,
 )
 from nanochat_jax.data.loader import merge_states
@@ -31,8 +31,8 @@ class Listed(list):
         return f"listed, example {i}"
 
 
-def rendering(pairs, packing="best-fit", row_len=65) -> Rendering:
-    return Rendering(Listed(pairs), lambda pair: pair, END, packing, row_len)
+def rendering(pairs, packing="best-fit", row_len=65) -> RenderedDataset:
+    return RenderedDataset(Listed(pairs), lambda pair: pair, END, packing, row_len)
 
 
 def answered(length: int, name: int, turns: int = 1) -> tuple[list[int], list[int]]:
@@ -44,12 +44,12 @@ def answered(length: int, name: int, turns: int = 1) -> tuple[list[int], list[in
     return ids, mask
 
 
-def batches(source: Rendering, n: int, **layout) -> list[Rows]:
+def batches(source: RenderedDataset, n: int, **layout) -> list[PackedRows]:
     layout = {"rows": 2, "streams": 1} | layout
     return list(first_batches(source, BOS, n, **layout))
 
 
-def total(rows: list[Rows]) -> dict[str, int]:
+def total(rows: list[PackedRows]) -> dict[str, int]:
     counts = sum(np.asarray(r.counts_RC).sum(0) for r in rows)
     return dict(zip(COUNTS, counts.tolist(), strict=True))
 
@@ -183,7 +183,7 @@ def test_a_conversation_that_cannot_be_rendered_is_left_out_by_name(caplog):
         return pair
 
     pairs = Listed([None, answered(5, 9), None])
-    rows = batches(Rendering(pairs, render, END, "one-per-row", 9), 3, rows=1)
+    rows = batches(RenderedDataset(pairs, render, END, "one-per-row", 9), 3, rows=1)
     assert total(rows)["dropped"] >= 4
     assert caplog.messages == ["listed, example 0 is left out: message 3 has no role"]
     with pytest.raises(ValueError, match="no conversation at all"):
@@ -214,7 +214,7 @@ def many(n: int = 200) -> list[tuple[list[int], list[int]]]:
     return [answered(int(rng.integers(3, 90)), i % 400, turns=2) for i in range(n)]
 
 
-def assert_same(ours: list[Rows], theirs: list[Rows]) -> None:
+def assert_same(ours: list[PackedRows], theirs: list[PackedRows]) -> None:
     for left, right in zip(ours, theirs, strict=True):
         for a, b in zip(left, right, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -235,7 +235,7 @@ def test_any_number_of_processes_goes_on_with_the_same_rows(packing):
                 half = list(islice(loader, at))
                 states.append(loader.get_state())
             rows = slice(4 * process, 4 * process + 4)
-            assert_same([Rows(*(a[rows] for a in r)) for r in whole[:at]], half)
+            assert_same([PackedRows(*(a[rows] for a in r)) for r in whole[:at]], half)
         state = json.loads(json.dumps(merge_states(states)))
         with conversation_loader(source, BOS, **layout, state=state) as loader:
             assert_same(whole[at:], list(islice(loader, 14 - at)))
@@ -267,10 +267,10 @@ def test_a_state_of_other_conversations_is_refused():
 def test_a_pass_is_estimated_from_its_beginning(packing):
     pairs = many(400)
     source = rendering(pairs, packing, row_len=91)
-    found, estimate = look_ahead(source, BOS), look_ahead(source, BOS, sample=150)
+    found, estimate = estimate_epoch(source, BOS), estimate_epoch(source, BOS, sample=150)
     assert found.conversations == 400
-    assert 400 <= found.looked_at < 410  # a row may reach into the next pass
-    assert estimate.looked_at < 160
+    assert 400 <= found.sampled < 410  # a row may reach into the next pass
+    assert estimate.sampled < 160
     assert estimate.rows == pytest.approx(found.rows, rel=0.15)
     tokens = sum(len(ids) for ids, _ in pairs)
     if packing == "one-per-row":
@@ -280,4 +280,4 @@ def test_a_pass_is_estimated_from_its_beginning(packing):
         assert found.padding_share == 0
     else:
         assert found.rows * (1 - found.padding_share) == pytest.approx(tokens / 90, rel=0.03)
-    assert found.digest == look_ahead(source, BOS).digest != estimate.digest
+    assert found.digest == estimate_epoch(source, BOS).digest != estimate.digest
