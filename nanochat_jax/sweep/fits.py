@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtr, stdtrit  # Student's t: distribution function, its inverse
 
 from nanochat_jax.evals.bootstrap import CONFIDENCE, RESAMPLES, SEED, Interval, interval
 
 USABLE = 0.9  # share of the resamples that must have a minimum, for an interval to mean something
-EXACT_UP_TO = 16  # pairs; beyond, signs are drawn
-DRAWN_SIGNS = 20_000
+EXACT_UP_TO = 16  # pairs; beyond, the signs are sampled
+SAMPLED_SIGNS = 20_000
 ROUND_OFF = 1e-9  # what equal sums may differ by, relatively
 
 
@@ -73,7 +74,7 @@ def _design(x: Sequence[float]) -> tuple[np.ndarray, float]:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = coefficient · x^exponent; the 95 % interval of the exponent, None where nothing tells."""
+    """y = coefficient · x^exponent; the 95 % interval of the exponent, None where unknown."""
 
     exponent: float
     coefficient: float
@@ -98,7 +99,7 @@ def fit_optimum_laws(budgets: Sequence[Budget], seed: int = SEED) -> tuple[Power
     """The best x and the lowest loss as powers of the FLOPs: (x ∝ C^a, loss ∝ C^−c).
 
     Every budget must have a minimum (`fit_parabola`), and there must be two or more. The intervals
-    come from the runs' own scatter around the parabolas: their residuals, pooled, are drawn again
+    come from the runs' own scatter around the parabolas: their residuals, pooled, are resampled
     and everything is fitted again. Three runs a budget leave no residuals, and so no interval.
     """
     fits = [fit_parabola(budget) for budget in budgets]
@@ -131,7 +132,7 @@ def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _resampled_minima(
     budgets: Sequence[Budget], fits: Sequence[Parabola], seed: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """ln best and ln lowest, (budgets, resamples) each; None where nothing can be said."""
+    """ln best and ln lowest, (budgets, resamples) each; None where too few have a minimum."""
     residuals = [np.asarray(b.losses) - fit(b.x) for b, fit in zip(budgets, fits, strict=True)]
     best, lowest = [], []
     for index, (budget, fit) in enumerate(zip(budgets, fits, strict=True)):
@@ -152,7 +153,7 @@ def _resampled_minima(
 def _resampled(
     residuals: Sequence[np.ndarray], fitted: Sequence[int], shape: tuple[int, int], seed: int
 ) -> np.ndarray | None:
-    """Residuals drawn with replacement from all fits together, as large as the errors they are of.
+    """Residuals sampled with replacement from all fits together, scaled up to the true errors.
 
     Residuals of n points and k fitted numbers are too small by sqrt((n − k) / n).
     """
@@ -192,15 +193,15 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> Paired:
     # Differences of equal numbers may leave round-off.
     round_off = ROUND_OFF * float(np.abs([*a, *b]).max())
     t = None if error <= round_off else mean / error
-    half = student_t_quantile(CONFIDENCE, n - 1) * error
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
     return Paired(
         pairs=n,
         mean=mean,
         interval=(mean - half, mean + half),
         t=t,
-        p_t=float(abs(mean) <= round_off) if t is None else student_t_p(t, n - 1),
+        p_t=float(abs(mean) <= round_off) if t is None else 2 * float(stdtr(n - 1, -abs(t))),
         p_permutation=_permutation_p(differences),
-        smallest_p=2.0 ** (1 - n) if n <= EXACT_UP_TO else 1 / (DRAWN_SIGNS + 1),
+        smallest_p=2.0 ** (1 - n) if n <= EXACT_UP_TO else 1 / (SAMPLED_SIGNS + 1),
     )
 
 
@@ -211,30 +212,5 @@ def _permutation_p(differences: np.ndarray) -> float:
     if n <= EXACT_UP_TO:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return float((np.abs(signs @ differences) >= seen).mean())
-    signs = np.random.default_rng(SEED).choice([-1, 1], (DRAWN_SIGNS, n))
-    return float((1 + (np.abs(signs @ differences) >= seen).sum()) / (1 + DRAWN_SIGNS))
-
-
-def student_t_p(t: float, freedom: int) -> float:
-    """Two-sided p of Student's t with whole degrees of freedom."""
-    return max(0.0, 1 - _within(math.atan(abs(t) / math.sqrt(freedom)), freedom))
-
-
-def student_t_quantile(confidence: float, freedom: int) -> float:
-    """The t that |t| stays below with that probability, by bisection."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|t| < sqrt(freedom) · tan(angle)): the finite sums of Abramowitz and Stegun, 26.7.3–4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    signs = np.random.default_rng(SEED).choice([-1, 1], (SAMPLED_SIGNS, n))
+    return float((1 + (np.abs(signs @ differences) >= seen).sum()) / (1 + SAMPLED_SIGNS))
