@@ -31,18 +31,18 @@ from nanochat_jax.train import TrainState
 FIRST_WORDS = ("Good", "Nice")
 HOSTILE = "<img src=x onerror=alert(1)>"
 BEFORE = (" day ", HOSTILE, "\n", "<|python_start|>", "12*3", "<|python_end|>")
-AFTER = (" is it ", *"😀".encode(), ":\n", "```py\n", "print(36)", "\n```\n", "Bye.")
+AFTER = (" is it", b" \xf0\x9f", b"\x98\x80:\n", "```py\n", "print(36)", "\n```\n", "Bye.")
 ANSWER_TEXT = f" day {HOSTILE}\n is it 😀:\n```py\nprint(36)\n```\nBye."
 SHOWN = f" day {HOSTILE}\nCalculator: 12*3=Result: 36 is it 😀:\nprint(36)\nBye."
 # A base model goes on with a text that ends in "o" until the context is full.
 ENDLESS = (" on", " and", " on")
 
 WORDS = dict.fromkeys(
-    word
+    word if isinstance(word, bytes) else word.encode()
     for word in (*FIRST_WORDS, *BEFORE, *AFTER, *ENDLESS)
-    if isinstance(word, str) and len(word) > 1 and word not in SPECIAL_TOKENS
+    if len(word) > 1 and word not in SPECIAL_TOKENS
 )
-TOKENIZER = Tokenizer([*(bytes([b]) for b in range(256)), *(word.encode() for word in WORDS)])
+TOKENIZER = Tokenizer([*(bytes([b]) for b in range(256)), *WORDS])
 CONFIG = GPTConfig(
     sequence_len=4096,
     vocab_size=TOKENIZER.vocab_size,
@@ -54,12 +54,10 @@ CONFIG = GPTConfig(
 )
 
 
-def token_of(word: str | int) -> int:
-    if isinstance(word, int):
-        return word
+def token_of(word: str | bytes) -> int:
     if word in SPECIAL_TOKENS:
         return TOKENIZER.special_id(word)
-    return TOKENIZER.ranks.index(word.encode())
+    return TOKENIZER.ranks.index(word if isinstance(word, bytes) else word.encode())
 
 
 def followers() -> dict[int, list[int]]:

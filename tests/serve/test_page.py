@@ -274,7 +274,7 @@ def test_explain_shows_probabilities_and_alternatives(chat):
     pieces = tokens.all_text_contents()
     assert pieces[0] in FIRST_WORDS
     assert pieces[1:5] == [" day ", HOSTILE, "\n", "12*3"]
-    assert pieces[5:7] == [" is it ", "😀"]
+    assert pieces[5:8] == [" is it", " ", "😀:\n"]  # of three tokens, of which two cut the emoji
     tokens.first.hover()
     tooltip = chat.get_by_role("tooltip")
     expect(tooltip.locator("li")).to_have_count(5)
@@ -365,10 +365,51 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit, start_server, tmp_path):
     assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
 
 
-def test_a_message_that_is_too_long_is_explained(visit, chat_url):
-    page = visit(chat_url, allow="400")
-    ask(page, "x" * 8001)
-    expect(page.get_by_role("alert")).to_contain_text("8,000 characters")
+def test_the_page_keeps_to_the_limits_of_the_server(visit, start_server):
+    """An error of the server would be one in the browser's console, which fails the test."""
+    limits = {"max_new_tokens": 4, "max_temperature": 0.25, "max_top_k": 3, "max_messages": 3}
+    page = visit(start_server("sft", **limits, max_message_chars=40).state.url)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "😀" * 40)
+    asked = sent.value.post_data_json
+    assert (asked["temperature"], asked["top_k"], asked["max_tokens"]) == (0.25, 3, 4)
+    expect(answers(page)).to_have_count(1)
+    ask(page, "x" * 41)
+    expect(page.get_by_role("alert")).to_contain_text(
+        "too long: it has 41 characters, and the server takes at most 40"
+    )
+    ask(page, "Second?")
+    expect(answers(page)).to_have_count(3)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "Third?")
+    expect(answers(page)).to_have_count(4)
+    assert [m["content"] for m in sent.value.post_data_json["messages"]][::2] == [
+        "Second?",
+        "Third?",
+    ]
+    expect(page.locator(".dropped")).to_contain_text("2 oldest messages")
+    ask(page, "/topk 4")
+    expect(page.locator(".note")).to_contain_text("from 0 to 3; “4” is not.")
+    button(page, "Settings").click()
+    expect(page.get_by_label("New tokens at most")).to_have_value("4")
+    expect(page.locator("#temperature-help")).to_contain_text("from 0 to 0.25.")
+    page.get_by_label("Temperature").fill("0.3")
+    button(page, "Done").click()
+    expect(page.locator("#temperature-problem")).to_contain_text("from 0 to 0.25")
+    button(page, "Back to the defaults").click()
+    button(page, "Done").click()
+    expect(page.get_by_role("dialog")).to_be_hidden()
+
+
+def test_the_page_keeps_to_the_characters_of_a_request(visit, start_server):
+    page = visit(start_server("sft", max_chars=90).state.url)
+    ask(page, "x" * 91)
+    expect(page.get_by_role("alert")).to_contain_text("at most 90 characters")
+    ask(page, "Hello?")
+    expect(answers(page)).to_have_text(["", WHOLE])
+    ask(page, "y" * 80)
+    expect(answers(page)).to_have_text(["", WHOLE, WHOLE])
+    expect(page.locator(".dropped")).to_contain_text("2 oldest messages")
 
 
 def test_forgotten_messages_are_told(visit, chat_url):

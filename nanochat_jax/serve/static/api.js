@@ -12,7 +12,7 @@ const LEAVING = 300; // milliseconds
 const BROKEN = "The answer broke off.";
 const LOST = "The connection to the server was lost. Nothing you wrote is lost; try again later.";
 
-/** The model that is served: {id, stage, step, context, …}. Throws RequestFailed. */
+/** The model that is served: {id, stage, step, context, limits, …}. Throws RequestFailed. */
 export async function fetchModel(apiKey) {
   const response = await request("v1/models", { headers: headersFor(apiKey) });
   const model = (await jsonOf(response))?.data?.[0];

@@ -6,6 +6,7 @@ import {
   ask,
   beginAnswer,
   historyOf,
+  lengthOf,
   newConversation,
   truncateFrom,
 } from "./conversation.js";
@@ -19,10 +20,10 @@ export class Chat {
   /**
    * `view` is told what happens: opened(), added(message), run(answer, run), dropped(answer),
    * began(), ended(conversation, answer), and notKept() when the browser had no room.
-   * `modelName()` resolves to the id of the model to ask.
+   * `model()` resolves to the model to ask, with the server's limits.
    */
-  constructor({ store, settings, view, modelName }) {
-    Object.assign(this, { store, settings, view, modelName });
+  constructor({ store, settings, view, model }) {
+    Object.assign(this, { store, settings, view, model });
   }
 
   get isWriting() {
@@ -109,7 +110,6 @@ export class Chat {
   }
 
   async #stream(conversation, answer, controller) {
-    answer.maxTokens = this.settings.get("maxTokens");
     try {
       await this.#receive(conversation, answer, controller.signal);
     } catch (error) {
@@ -126,26 +126,27 @@ export class Chat {
   }
 
   async #receive(conversation, answer, signal) {
-    const { messages, dropped } = historyOf(conversation);
-    const body = { ...this.#samplingOf(answer), messages, model: await this.modelName() };
-    const aligner = answer.explained ? new Aligner() : null;
-    const add = (run) => {
-      addRun(answer, run);
-      this.view.run(answer, run);
-    };
+    const { id, limits } = await this.model();
+    const { messages, dropped } = historyOf(conversation, limits);
+    answer.maxTokens = this.settings.get("maxTokens");
+    const body = { ...this.#samplingOf(answer), messages, model: id };
+    let offset = 0; // characters of the answer so far
     let begin = null;
-    try {
-      for await (const chunk of streamAnswer(body, { apiKey: this.settings.apiKey, signal })) {
-        this.#takeDropped(answer, dropped + (chunk.dropped_messages ?? 0));
-        if (chunk.usage) answer.usage = usageOf(chunk.usage, begin);
-        const choice = chunk.choices?.[0];
-        if (!choice) continue;
-        runsOf(choice, aligner).forEach(add);
-        if (answer.parts.length) begin ??= performance.now();
-        answer.finish = choice.finish_reason ?? answer.finish;
+    for await (const chunk of streamAnswer(body, { apiKey: this.settings.apiKey, signal })) {
+      this.#takeDropped(answer, dropped + (chunk.dropped_messages ?? 0));
+      if (chunk.usage) answer.usage = usageOf(chunk.usage, begin);
+      const choice = chunk.choices?.[0];
+      if (!choice) continue;
+      const piece = choice.delta?.part ?? { type: "text", text: choice.delta?.content ?? "" };
+      const tokens = choice.logprobs?.content ?? [];
+      const runs = answer.explained ? runsOf(piece, tokens, offset) : [piece];
+      offset += lengthOf(piece.text);
+      for (const run of runs.filter(({ text }) => text !== "")) {
+        begin ??= performance.now();
+        addRun(answer, run);
+        this.view.run(answer, run);
       }
-    } finally {
-      aligner?.flush().forEach(add);
+      answer.finish = choice.finish_reason ?? answer.finish;
     }
     answer.finish ??= "stop";
   }
@@ -167,85 +168,36 @@ export class Chat {
   }
 }
 
-function runsOf(choice, aligner) {
-  if (aligner) return aligner.feed(choice);
-  const piece = pieceOf(choice.delta);
-  return piece.text ? [piece] : [];
-}
-
 function usageOf(usage, begin) {
   const seconds = begin === null ? 0 : (performance.now() - begin) / 1000;
   return { tokens: usage.completion_tokens, seconds };
 }
 
-// --- the text of a stream and its tokens ---------------------------------------------------------
-
-const encoder = new TextEncoder();
-
-export class Aligner {
-  #type = "text";
-  #text = ""; // arrived, not yet given out
-  #tokens = []; // likewise: {text, logprob, alternatives}
-  #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  #unfinished = []; // tokens that end inside a character
-
-  /** Takes a choice of a chunk and returns the runs {type, text, token} that are now complete. */
-  feed({ delta, logprobs }) {
-    for (const entry of logprobs?.content ?? []) this.#take(entry);
-    const { type, text } = pieceOf(delta);
-    if (!text) return [];
-    const earlier = type === this.#type ? [] : this.flush();
-    this.#type = type;
-    this.#text += text;
-    // What a tool answers was not drawn from the model.
-    return earlier.concat(type === "python_output" ? this.flush() : this.#match());
-  }
-
-  /** The rest, as text without probabilities. */
-  flush() {
-    const text = this.#text;
-    this.#text = "";
-    return text ? [{ type: this.#type, text }] : [];
-  }
-
-  #take(entry) {
-    const bytes = entry.bytes ? Uint8Array.from(entry.bytes) : encoder.encode(entry.token);
-    if (bytes.length === 0) return;
-    const text = this.#decoder.decode(bytes, { stream: true });
-    this.#unfinished.push(entry);
-    if (text) this.#tokens.push(joined(text, this.#unfinished.splice(0)));
-  }
-
-  #match() {
-    const runs = [];
-    while (this.#tokens.length && this.#text) {
-      const token = this.#tokens[0];
-      const isLonger = token.text.length > this.#text.length;
-      if (isLonger && token.text.startsWith(this.#text)) break; // its rest is yet to come
-      this.#tokens.shift();
-      const start = this.#text.indexOf(token.text);
-      if (start < 0) continue; // a marker, which is never shown
-      if (start > 0) runs.push({ type: this.#type, text: this.#text.slice(0, start) });
-      runs.push({ type: this.#type, text: token.text, token });
-      this.#text = this.#text.slice(start + token.text.length);
-    }
-    return runs;
-  }
-}
-
-/** The part of a delta: {type, text}. */
-export function pieceOf(delta) {
-  return delta?.part ?? { type: "text", text: delta?.content ?? "" };
+/**
+ * A piece of an answer as runs {type, text, token}: its text, divided where its tokens begin.
+ * `entries` are the tokens as OpenAI's logprobs list them, `offset` is where the piece begins.
+ */
+function runsOf({ type, text }, entries, offset) {
+  const characters = Array.from(text);
+  const shown = entries.filter(({ bytes }) => bytes.length > 0); // a marker has no text
+  const starts = [...new Set(shown.map((entry) => entry.text_offset - offset))];
+  const runs = [{ type, text: characters.slice(0, starts[0]).join("") }]; // a tool's, for example
+  starts.forEach((start, index) => {
+    const own = shown.filter((entry) => entry.text_offset - offset === start);
+    const part = characters.slice(start, starts[index + 1]).join("");
+    runs.push({ type, text: part, token: joined(own) });
+  });
+  return runs;
 }
 
 /** Tokens that share a character, as one: probabilities multiply. */
-function joined(text, entries) {
+function joined(entries) {
   const logprob = entries.reduce((sum, entry) => sum + entry.logprob, 0);
   const alternatives = (entries[0].top_logprobs ?? []).map((top) => [
     top.token,
     rounded(top.logprob),
   ]);
-  return { text, logprob: rounded(logprob), alternatives };
+  return { logprob: rounded(logprob), alternatives };
 }
 
 function rounded(logprob) {

@@ -71,14 +71,16 @@ export class Composer {
 
 // --- slash commands ------------------------------------------------------------------------------
 
-const HELP = [
-  ["/temperature X", "how surprising answers may be, 0 to 2"],
-  ["/topk K", "draw among the K likeliest tokens, 0 to 200; 0: all"],
-  ["/clear", "begin a new conversation"],
-  ["/help", "this list"],
-];
-
 const SETTING_OF = { "/temperature": "temperature", "/topk": "topK" };
+
+function help(settings) {
+  return [
+    `/temperature X — how surprising answers may be, ${settings.rangeOf("temperature")}`,
+    `/topk K — sample among the K most likely tokens, ${settings.rangeOf("topK")}; 0: all`,
+    "/clear — begin a new conversation",
+    "/help — this list",
+  ];
+}
 
 /**
  * Carries out a command with {settings, startNew}.
@@ -93,9 +95,7 @@ export function runCommand(text, { settings, startNew }) {
     startNew();
     return { done: true, lines: ["This is a new conversation; the others are in the list."] };
   }
-  if (command === "/help") {
-    return { done: true, lines: HELP.map(([usage, effect]) => `${usage} — ${effect}`) };
-  }
+  if (command === "/help") return { done: true, lines: help(settings) };
   const advice = "/help lists them. To send text that begins with a slash, put a space before it.";
   return { done: false, lines: [`There is no command ${name}. ${advice}`] };
 }

@@ -9,8 +9,6 @@
  */
 
 const PART_TYPES = ["text", "python", "python_output"];
-// Of the server: messages of a request, characters of them all, and of one question.
-const LIMITS = { messages: 500, characters: 32_000, question: 8_000 };
 const TITLE_LENGTH = 60;
 
 export function newConversation() {
@@ -74,27 +72,39 @@ export function titleOf(conversation) {
 }
 
 /**
- * The messages to send: {messages, dropped}. Questions whose answer never came are joined with the
- * next, since turns must alternate; the oldest turns are left out where the server would refuse.
+ * The messages to send: {messages, dropped}, within the server's `limits`. Questions that were
+ * never answered are joined with the next, since turns must alternate; the oldest turns are left
+ * out. A RangeError says in a sentence that the last question is too long.
  */
-export function historyOf(conversation) {
+export function historyOf(conversation, limits) {
+  const longest = Math.min(limits.max_message_chars, limits.max_chars);
   const turns = [];
   for (const message of conversation.messages) {
     const content = message.role === "user" ? message.text : answerContent(message);
     if (content.length === 0) continue;
     const last = turns.at(-1);
-    if (last?.role === message.role) last.content = joined(last.content, content);
-    else turns.push({ role: message.role, content });
+    if (last?.role !== message.role) turns.push({ role: message.role, content });
+    else last.content = joined(last.content, content, longest);
   }
+  const lengths = turns.map(({ content }) => lengthOf(content));
+  if (lengths.at(-1) > longest) {
+    const [has, most] = [lengths.at(-1), longest].map((number) => number.toLocaleString("en"));
+    const advice = `it has ${has} characters, and the server takes at most ${most} characters`;
+    throw new RangeError(`Your message is too long: ${advice}.`);
+  }
+  const fits = (first) =>
+    turns.length - first <= limits.max_messages &&
+    lengths.slice(first).reduce((sum, length) => sum + length) <= limits.max_chars &&
+    turns.every(({ role }, i) => i < first || role !== "user" || lengths[i] <= longest);
   let first = 0;
-  while (first + 2 < turns.length && exceedsLimits(turns.slice(first))) first += 2;
+  while (first + 2 < turns.length && !fits(first)) first += 2;
   return { messages: turns.slice(first), dropped: first };
 }
 
 /** Two questions as one, or the later one where both are too long. */
-function joined(earlier, later) {
+function joined(earlier, later, longest) {
   const both = `${earlier}\n\n${later}`;
-  return both.length <= LIMITS.question ? both : later;
+  return lengthOf(both) <= longest ? both : later;
 }
 
 function answerContent({ parts }) {
@@ -102,13 +112,10 @@ function answerContent({ parts }) {
   return parts.map(({ type, text }) => ({ type, text }));
 }
 
-function exceedsLimits(turns) {
-  const lengthOf = ({ content }) =>
-    typeof content === "string"
-      ? content.length
-      : content.reduce((sum, part) => sum + part.text.length, 0);
-  const characters = turns.reduce((sum, turn) => sum + lengthOf(turn), 0);
-  return turns.length > LIMITS.messages || characters > LIMITS.characters;
+/** Characters (code points, as the server counts them) of a text, or of the texts of parts. */
+export function lengthOf(content) {
+  if (typeof content === "string") return Array.from(content).length;
+  return content.reduce((sum, part) => sum + lengthOf(part.text), 0);
 }
 
 // --- reading what was stored ------------------------------------------------------------------

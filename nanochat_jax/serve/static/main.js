@@ -32,7 +32,7 @@ const chat = new Chat({
   store,
   settings,
   view: { opened, added, run, dropped, began: showWriting, ended, notKept },
-  modelName: () => served.name(),
+  model: () => served.known(),
 });
 const composer = new Composer({ send, stop: () => chat.stop() });
 const sidebar = new Sidebar({ open: (id) => chat.open(id), remove, startNew });

@@ -20,16 +20,17 @@ export class ServedModel {
     return this.#model?.stage;
   }
 
-  /** The model's id; asks the server when it is not known. Throws RequestFailed. */
-  async name() {
+  /** The model; asks the server when it is not known. Throws RequestFailed. */
+  async known() {
     if (!this.#model) {
       this.#model = await fetchModel(this.settings.apiKey);
+      this.settings.limits = this.#model.limits;
       this.#show();
     }
-    return this.#model.id;
+    return this.#model;
   }
 
-  /** The server may have another model by the next question. */
+  /** The server may have another model, or other limits, by the next question. */
   forget() {
     this.#model = null;
   }
@@ -38,7 +39,7 @@ export class ServedModel {
   async load() {
     this.forget();
     try {
-      await this.name();
+      await this.known();
     } catch (error) {
       this.#showProblem(error);
     }

@@ -1,4 +1,4 @@
-/** The sampling settings, their limits, and where they are kept. */
+/** The sampling settings and where they are kept. */
 
 import { byId } from "./dom.js";
 import { readItem, readJSON, removeItem, writeItem } from "./storage.js";
@@ -6,53 +6,75 @@ import { readItem, readJSON, removeItem, writeItem } from "./storage.js";
 const KEY = "nanochat:settings";
 const API_KEY = "nanochat:api-key";
 
-/** The numbers a reader may set; the limits are the server's. */
+/** The numbers a reader may set; `limit` names the server's limit for them. */
 export const NUMBERS = {
-  temperature: { label: "Temperature", low: 0, high: 2, whole: false, initial: 0.8 },
-  topK: { label: "Top-k", low: 0, high: 200, whole: true, initial: 50 },
-  maxTokens: { label: "The number of new tokens", low: 1, high: 4096, whole: true, initial: 512 },
+  temperature: { label: "Temperature", low: 0, limit: "max_temperature", initial: 0.8 },
+  topK: { label: "Top-k", low: 0, limit: "max_top_k", whole: true, initial: 50 },
+  maxTokens: {
+    label: "The number of new tokens",
+    low: 1,
+    limit: "max_new_tokens",
+    whole: true,
+    initial: 512,
+  },
 };
 
-/** The number that `text` means for a setting; a RangeError says in a sentence what is allowed. */
-export function parseNumber(name, text) {
-  const { label, low, high, whole } = NUMBERS[name];
-  const value = String(text).trim() === "" ? NaN : Number(String(text).trim().replace(",", "."));
-  if (!(value >= low && value <= high) || (whole && !Number.isInteger(value))) {
-    const kind = whole ? "a whole number" : "a number";
-    const shown = String(text).trim() ? `“${String(text).trim()}” is not` : "nothing was given";
-    throw new RangeError(`${label} must be ${kind} from ${low} to ${high}; ${shown}.`);
-  }
-  return value;
-}
-
-/** Settings that survive a reload; every change calls the listener. */
+/** Settings that survive a reload; numbers stay within the server's limits, once they are known. */
 export class Settings {
+  limits = {};
   #values = {};
-  #listener;
 
-  constructor(listener = () => {}) {
-    this.#listener = listener;
+  constructor() {
     const stored = readJSON(KEY) ?? {};
     for (const [name, { initial }] of Object.entries(NUMBERS)) {
-      this.#values[name] = storedNumber(name, stored[name], initial);
+      this.#values[name] = initial;
+      try {
+        if (name in stored) this.#values[name] = this.#parse(name, stored[name]);
+      } catch {
+        // A damaged value is as good as none.
+      }
     }
     this.#values.explain = stored.explain === true;
   }
 
   get(name) {
-    return this.#values[name];
+    const value = this.#values[name];
+    return name in NUMBERS ? Math.min(value, this.#highest(name)) : value;
   }
 
-  /** Sets a number (given as text or number) or the switch `explain`; throws as parseNumber. */
+  /** Sets a number or the switch `explain`; a RangeError says in a sentence what is allowed. */
   set(name, value) {
-    this.#values[name] = name in NUMBERS ? parseNumber(name, value) : value;
+    this.#values[name] = name in NUMBERS ? this.#parse(name, value) : value;
     writeItem(KEY, JSON.stringify(this.#values));
-    this.#listener(name);
+  }
+
+  /** What a number may be: "from 0 to 2". */
+  rangeOf(name) {
+    const highest = this.#highest(name);
+    const { low } = NUMBERS[name];
+    return highest === Infinity ? `of at least ${low}` : `from ${low} to ${highest}`;
   }
 
   /** The sampling numbers as they were at first. */
   reset() {
-    for (const [name, { initial }] of Object.entries(NUMBERS)) this.set(name, initial);
+    for (const [name, { initial }] of Object.entries(NUMBERS)) {
+      this.set(name, Math.min(initial, this.#highest(name)));
+    }
+  }
+
+  #highest(name) {
+    return this.limits[NUMBERS[name].limit] ?? Infinity;
+  }
+
+  #parse(name, given) {
+    const { label, low, whole } = NUMBERS[name];
+    const text = String(given).trim();
+    const value = text === "" ? NaN : Number(text.replace(",", "."));
+    const isInRange = value >= low && value <= this.#highest(name) && value < Infinity;
+    if (isInRange && (!whole || Number.isInteger(value))) return value;
+    const kind = whole ? "a whole number" : "a number";
+    const shown = text ? `“${text}” is not` : "nothing was given";
+    throw new RangeError(`${label} must be ${kind} ${this.rangeOf(name)}; ${shown}.`);
   }
 
   /** The API key, kept until the tab is closed. */
@@ -63,14 +85,6 @@ export class Settings {
   set apiKey(value) {
     if (value) writeItem(API_KEY, value, "sessionStorage");
     else removeItem(API_KEY, "sessionStorage");
-  }
-}
-
-function storedNumber(name, value, initial) {
-  try {
-    return parseNumber(name, value ?? initial);
-  } catch {
-    return initial;
   }
 }
 
@@ -115,7 +129,8 @@ export class SettingsPanel {
   #fill() {
     for (const name of Object.keys(NUMBERS)) {
       byId(name).value = this.settings.get(name);
-      this.#tell(name, "");
+      byId(`${name}-range`).textContent = this.settings.rangeOf(name);
+      this.#showProblem(name, "");
     }
     this.#key.value = this.settings.apiKey;
   }
@@ -124,15 +139,15 @@ export class SettingsPanel {
   #take(name) {
     try {
       this.settings.set(name, byId(name).value);
-      this.#tell(name, "");
+      this.#showProblem(name, "");
       return true;
     } catch (error) {
-      this.#tell(name, error.message);
+      this.#showProblem(name, error.message);
       return false;
     }
   }
 
-  #tell(name, problem) {
+  #showProblem(name, problem) {
     byId(`${name}-problem`).textContent = problem;
     byId(name).setAttribute("aria-invalid", String(problem !== ""));
   }

@@ -161,7 +161,7 @@ function heading(text) {
 
 function droppedNotice(count) {
   const what = count === 1 ? "The oldest message" : `The ${count} oldest messages`;
-  const text = `${what} no longer fit into what the model can read at once and were left out.`;
+  const text = `${what} no longer fit into one request, and the model does not see them.`;
   return element("p", { className: "remark dropped" }, text);
 }
 
