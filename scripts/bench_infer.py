@@ -30,9 +30,9 @@ from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.devices import find_device
 from nanochat_jax.distributed import provenance, start
-from nanochat_jax.engine.decode import Control
+from nanochat_jax.engine.decode import DecodeInputs
 from nanochat_jax.engine.engine import Chunk, Engine, make_engine
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.gpt import GPT, Params, compute_dtype, init_params
 from nanochat_jax.runs import run_folder
 from nanochat_jax.scaling import plan
@@ -71,12 +71,12 @@ class BenchInferConfig:
     """Also write the JSON object here."""
 
 
-class Bench:
+class InferBench:
     """An engine with `rows` prefilled rows."""
 
     def __init__(self, config: BenchInferConfig, model: GPT, params: Params, rows: int):
         self.config, self.rows = config, rows
-        self.engine = make_engine(model, params, slots=rows, chunk=config.new_tokens)
+        self.engine = make_engine(model, params, n_slots=rows, chunk=config.new_tokens)
         self.engine.warm_up()
         rng = np.random.default_rng(0)
         shape = (rows, config.prompt_tokens)
@@ -90,35 +90,35 @@ class Bench:
             began = time.perf_counter()
             _append(self.engine, row, prompt)
             if row == 0:
-                self.engine.decode(self._control(only=0), 1)
+                self.engine.decode(self._inputs(only=0), 1)
                 self.ttft_s = min(self.ttft_s, time.perf_counter() - began)
         _append(self.engine, 0, self.prompts[0])  # without that token
 
     def loop_s(self) -> float:
         """Seconds to draw the new tokens of all rows in one call."""
-        control = self._control()
+        inputs = self._inputs()
         began = time.perf_counter()
-        self.engine.decode(control, self.config.new_tokens)
+        self.engine.decode(inputs, self.config.new_tokens)
         return time.perf_counter() - began
 
     def step_s(self) -> float:
         """The same, one call a token."""
-        control = self._control()
+        inputs = self._inputs()
         began = time.perf_counter()
         for _ in range(self.config.new_tokens):
-            self.engine.decode(control, 1)
-            control.drawn[:] += 1
-            control.left[:] -= 1
+            self.engine.decode(inputs, 1)
+            inputs.sampled[:] += 1
+            inputs.remaining[:] -= 1
         return time.perf_counter() - began
 
-    def _control(self, only: int | None = None) -> Control:
-        control = Control.empty(self.rows)
+    def _inputs(self, only: int | None = None) -> DecodeInputs:
+        inputs = DecodeInputs.empty(self.rows)
         for row in range(self.rows):
-            control.running[row] = only in (None, row)
-            control.left[row] = self.config.new_tokens
-            sampling = Sampling(self.config.temperature, self.config.top_k, seed=row)
-            control.choices.put(row, sampling, 0)
-        return control
+            inputs.running[row] = only in (None, row)
+            inputs.remaining[row] = self.config.new_tokens
+            sampling = SamplingParams(self.config.temperature, self.config.top_k, seed=row)
+            inputs.params.put(row, sampling, 0)
+        return inputs
 
 
 def _append(engine: Engine, row: int, prompt: list[int]) -> None:
@@ -140,7 +140,7 @@ def measure(config: BenchInferConfig) -> dict[str, Any]:
         )
     rows, step_tokens_per_s = [], 0.0
     for size in sizes:
-        bench = Bench(config, model, params, size)
+        bench = InferBench(config, model, params, size)
         loop, step = [], []
         for _ in range(config.repeats):
             bench.prefill()
@@ -186,7 +186,7 @@ def _model(config: BenchInferConfig) -> tuple[GPT, Params, int]:
     return model, init_params(model, jax.random.key(0)), config.depth
 
 
-def _row(bench: Bench, loop_s: float) -> dict[str, Any]:
+def _row(bench: InferBench, loop_s: float) -> dict[str, Any]:
     token_s = loop_s / bench.config.new_tokens
     device = find_device(jax.devices()[0].device_kind)
     moved = bench.engine.bytes_per_token()

@@ -43,7 +43,7 @@ def main() -> None:
     run = config.run or default_run()
     loaded = load_model(run_folder(run), config.step)
     terminal = Terminal(
-        make_scheduler(loaded.model, loaded.params, loaded.tokenizer, slots=1, chunk=8),
+        make_scheduler(loaded.model, loaded.params, loaded.tokenizer, n_slots=1, chunk=8),
         loaded,
         run,
         config,

@@ -23,7 +23,6 @@ from nanochat_jax.config import parse
 from nanochat_jax.distributed import is_main_process, say, start
 from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.chat import (
     CHAT_CORE,
     ChatResult,
@@ -170,10 +169,10 @@ def make_scheduler(
         loaded.model,
         make_own_gather(loaded.model, mesh)(loaded.params),
         capacity=capacity_for(loaded.tokenizer, tasks, drawing),
-        slots=-(-config.slots // jax.process_count()),
+        n_slots=-(-config.slots // jax.process_count()),
         mesh=own_mesh(mesh),
     )
-    return Scheduler(engine, tools=Tools(loaded.tokenizer))
+    return Scheduler(engine, loaded.tokenizer)
 
 
 if __name__ == "__main__":

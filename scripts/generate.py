@@ -14,7 +14,7 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.distributed import say, start
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.evals.generation import complete, completion_engine
 from nanochat_jax.runs import run_folder
 
@@ -45,7 +45,7 @@ def main() -> None:
     config = parse(GenerateConfig, "generate", description=__doc__)
     if config.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, not {config.num_samples}")
-    sampling = Sampling(config.temperature, config.top_k, seed=config.seed)
+    sampling = SamplingParams(config.temperature, config.top_k, seed=config.seed)
     prompt = read_prompt(config.prompt)
     start()
     loaded = load_model(run_folder(config.run), config.step)

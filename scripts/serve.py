@@ -43,7 +43,7 @@ def main() -> None:
         loaded.model,
         loaded.params,
         loaded.tokenizer,
-        slots=config.slots,
+        n_slots=config.slots,
         chunk=config.chunk,
         max_queue=config.max_queue,
         mesh=make_mesh(config.n_devices),

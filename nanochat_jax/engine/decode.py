@@ -1,13 +1,13 @@
-"""Generation on the device: prompts into the cache, and a loop that draws tokens one by one.
+"""Generation on the device: prompts into the cache, and a loop that samples token by token.
 
 These are the per-device programs; engine.py compiles them over the mesh. They know the model only
-as a function `extend(weights, cache, tokens_RT, counts_R)` that appends each row's first counts_R
-tokens and returns the logits (R, V) after the last of them. The host says with every call what the
-rows are to do (`Control`); what stays on the device are the cache, each row's next logits, and the
-tokens it has seen (`Slots`).
+as a function `forward(weights, cache, tokens_RT, counts_R)` that appends each row's first
+counts_R tokens and returns the logits (R, V) after the last of them. With every call the host
+passes what the rows are to do (`DecodeInputs`); the cache, each row's next logits and the tokens it
+has seen stay on the device (`EngineState`).
 
 Shapes: B rows of the cache, R rows being prefilled, T tokens of a chunk, V vocabulary, C tokens of
-a decode chunk, A alternatives, I stop ids.
+a decode chunk, A top logprobs, I stop ids.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from nanochat_jax.engine.cache import Cache, attend, windows
-from nanochat_jax.engine.sampling import Choices, draw
+from nanochat_jax.engine.sampling import BatchedSamplingParams, sample_tokens
 from nanochat_jax.gpt import (
     GPT,
     SOFTCAP,
@@ -38,19 +38,19 @@ from nanochat_jax.gpt import (
 )
 from nanochat_jax.sharding import SHARD_DIM
 
-STOP_IDS = 8  # stop tokens a row may have
-ALTERNATIVES = 20  # likeliest tokens that are told beside the chosen one
+MAX_STOP_IDS = 8
+MAX_TOP_LOGPROBS = 20  # most likely tokens reported with each sampled one
 
-type Extend = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+type ForwardChunk = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 # --- the model with a cache -----------------------------------------------------------------------
 
 
 def decode_weights(model: GPT, params: Params) -> dict[str, Any]:
-    """The parameters as `extend_cache` wants them: of each layer apart, in the compute dtype.
+    """The parameters as `forward_chunk` takes them: unstacked by layer, in the compute dtype.
 
-    A slice of a stack inside the loop would be copied for every token.
+    A slice of a stack inside the decode loop would be copied for every token.
     """
     cast = {n: p.astype(model.dtype) if n in SHARD_DIM else p for n, p in params.items()}
     whole = {n: cast[n] for n in ("wte", "lm_head", "smear_gate", "smear_lambda") if n in cast}
@@ -58,11 +58,11 @@ def decode_weights(model: GPT, params: Params) -> dict[str, Any]:
     return whole | {"layers": unstack_layers(model.config, cast), "scalars": scalars}
 
 
-def extend_cache(config: GPTConfig, dtype: Any, weights, cache: Cache, tokens_RT, counts_R):
+def forward_chunk(config: GPTConfig, dtype: Any, weights, cache: Cache, tokens_RT, counts_R):
     """Appends each row's first `counts_R` tokens: (logits (R, V) after the last one, cache).
 
     Equals the forward pass over the whole row, however it was cut into chunks. Logits of a row
-    without new tokens mean nothing. Float32, soft-capped.
+    without new tokens are undefined. Float32, soft-capped.
     """
     keys, values = [], []
 
@@ -91,7 +91,7 @@ def extend_cache(config: GPTConfig, dtype: Any, weights, cache: Cache, tokens_RT
 
 
 def _embed(config: GPTConfig, dtype, weights, cache: Cache, tokens_RT):
-    """The stream before the first layer; smear sees the last token of the chunk before."""
+    """The residual stream before the first layer; smear sees the previous chunk's last token."""
     if config.recipe == "2025":
         return norm(embed(weights["wte"], tokens_RT, dtype))
     with_last = jnp.concatenate([cache.last_R[:, None], tokens_RT], axis=1)
@@ -104,7 +104,7 @@ def _embed(config: GPTConfig, dtype, weights, cache: Cache, tokens_RT):
 
 
 @struct.dataclass
-class Slots:
+class EngineState:
     """What stays on the device; every leaf has the rows first."""
 
     cache: Any
@@ -112,34 +112,34 @@ class Slots:
     seen_BV: jax.Array  # bool: tokens in the row, for the repetition penalty
 
 
-class Control(NamedTuple):
-    """What the rows are to do in one decode call, said by the host (as NumPy arrays)."""
+class DecodeInputs(NamedTuple):
+    """What the rows are to do in one decode call (NumPy arrays)."""
 
-    running: Any  # bool (B,): draws tokens
-    left: Any  # int32 (B,): tokens it may still draw
-    drawn: Any  # int32 (B,): tokens it has drawn before
-    stop_ids: Any  # int32 (B, I), filled up with −1: end the row
-    pause_id: Any  # int32 (B,), −1 for none: stops the row until the host has looked at it
-    choices: Choices
+    running: Any  # bool (B,): rows that sample tokens
+    remaining: Any  # int32 (B,): tokens the row may still sample
+    sampled: Any  # int32 (B,): tokens it has sampled before
+    stop_ids: Any  # int32 (B, I), padded with −1: end the row
+    pause_id: Any  # int32 (B,), −1 for none: pauses the row until the host has looked at it
+    params: BatchedSamplingParams
 
     @classmethod
-    def empty(cls, rows: int) -> "Control":
+    def empty(cls, rows: int) -> "DecodeInputs":
         ints = np.zeros(rows, np.int32)
-        stop_ids = np.full((rows, STOP_IDS), -1, np.int32)
-        running = np.zeros(rows, bool)
-        return cls(running, ints, ints.copy(), stop_ids, ints - 1, Choices.empty(rows))
+        stop_ids = np.full((rows, MAX_STOP_IDS), -1, np.int32)
+        running, params = np.zeros(rows, bool), BatchedSamplingParams.empty(rows)
+        return cls(running, ints, ints.copy(), stop_ids, ints - 1, params)
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """Tokens of one decode call; those of a row are the first ones that are not −1."""
 
     tokens: jax.Array  # int32 (B, C)
     logprobs: jax.Array  # float32 (B, C): of the model alone, before temperature and filters
-    alternative_ids: jax.Array  # int32 (B, C, A)
-    alternative_logprobs: jax.Array  # float32 (B, C, A)
+    top_ids: jax.Array  # int32 (B, C, A)
+    top_logprobs: jax.Array  # float32 (B, C, A)
 
 
-class Piece(NamedTuple):
+class PrefillInputs(NamedTuple):
     """Prompt tokens for R rows, one of each device."""
 
     rows: Any  # int32 (R,): which row of the cache; one that does not exist is skipped
@@ -150,28 +150,24 @@ class Piece(NamedTuple):
     seen: Any  # bool (R, V): the tokens of the whole row
 
 
-def empty_slots(cache: Any, rows: int, vocab_size: int) -> Slots:
-    shape = (rows, vocab_size)
-    return Slots(cache, jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
-
-
 # --- the programs ---------------------------------------------------------------------------------
 
 
-def prefill(extend: Extend, weights, slots: Slots, piece: Piece) -> Slots:
-    """Cuts the rows back to their first `starts` tokens and appends the piece's."""
-    cache = jax.tree.map(lambda leaf: leaf.at[piece.rows].get(mode="clip"), slots.cache)
-    cache = cache.replace(lengths_R=piece.starts, last_R=piece.lasts)
-    logits_RV, cache = extend(weights, cache, piece.tokens, piece.counts)
-    return _put(slots, piece.rows, Slots(cache, logits_RV, piece.seen))
+def prefill(
+    forward: ForwardChunk, weights, state: EngineState, inputs: PrefillInputs
+) -> EngineState:
+    """Cuts the rows back to their first `starts` tokens and appends the new ones."""
+    cache = jax.tree.map(lambda leaf: leaf.at[inputs.rows].get(mode="clip"), state.cache)
+    cache = cache.replace(lengths_R=inputs.starts, last_R=inputs.lasts)
+    logits_RV, cache = forward(weights, cache, inputs.tokens, inputs.counts)
+    return _write_rows(state, inputs.rows, EngineState(cache, logits_RV, inputs.seen))
 
 
-def copy_row(slots: Slots, source: jax.Array, target: jax.Array, axis: str) -> Slots:
-    """Copies row `source` (R = 1) of the device that has it to `target` of that which has it.
-
-    On every other device the rows named are ones that do not exist.
+def copy_row(state: EngineState, source: jax.Array, target: jax.Array, axis: str) -> EngineState:
+    """Copies row `source` (R = 1) of the device that has it to row `target` of the one that has
+    that. On all other devices the indices are out of range.
     """
-    is_here = source[0] < slots.logits_BV.shape[0]
+    is_here = source[0] < state.logits_BV.shape[0]
 
     def fetch(leaf):
         row = leaf.at[source].get(mode="clip")
@@ -179,92 +175,98 @@ def copy_row(slots: Slots, source: jax.Array, target: jax.Array, axis: str) -> S
         found = jax.lax.psum(jnp.where(is_here, summable, jnp.zeros_like(summable)), axis)
         return found.astype(leaf.dtype)
 
-    return _put(slots, target, jax.tree.map(fetch, slots))
+    return _write_rows(state, target, jax.tree.map(fetch, state))
 
 
-def _put(slots: Slots, rows_R, new: Slots) -> Slots:
-    # Else XLA reads the rows while it writes them, and copies the whole cache to be able to.
-    slots, new = jax.lax.optimization_barrier((slots, new))
-    return jax.tree.map(lambda leaf, row: leaf.at[rows_R].set(row, mode="drop"), slots, new)
+def _write_rows(state: EngineState, rows_R, new: EngineState) -> EngineState:
+    # Otherwise XLA reads the rows while it writes them, and copies the whole cache to be able to.
+    state, new = jax.lax.optimization_barrier((state, new))
+    return jax.tree.map(lambda leaf, row: leaf.at[rows_R].set(row, mode="drop"), state, new)
 
 
 class _Loop(NamedTuple):
     """What the decode loop carries."""
 
     step: jax.Array
-    slots: Slots
+    state: EngineState
     running: jax.Array
-    left: jax.Array
-    drawn: jax.Array
-    out: Drawn
+    remaining: jax.Array
+    sampled: jax.Array
+    out: Sampled
 
 
 def decode(
-    extend: Extend, chunk: int, weights, slots: Slots, control: Control, limit, explain
-) -> tuple[Slots, Drawn]:
-    """Draws up to `limit` (at most `chunk`) tokens for every running row.
+    forward: ForwardChunk,
+    chunk: int,
+    weights,
+    state: EngineState,
+    inputs: DecodeInputs,
+    limit,
+    logprobs,
+) -> tuple[EngineState, Sampled]:
+    """Samples up to `limit` (at most `chunk`) tokens for every running row.
 
-    A row ends at a stop token, at its pause token, or with nothing left; that token is told and
-    appended too. The alternatives are zeros unless `explain`.
+    A row ends at a stop token, at its pause token, or with none remaining; that token is emitted
+    and appended too. The top logprobs are zeros unless `logprobs`.
     """
-    rows = control.running.shape[0]
-    out = Drawn(
+    rows = inputs.running.shape[0]
+    out = Sampled(
         jnp.full((rows, chunk), -1, jnp.int32),
         jnp.zeros((rows, chunk), jnp.float32),
-        jnp.zeros((rows, chunk, ALTERNATIVES), jnp.int32),
-        jnp.zeros((rows, chunk, ALTERNATIVES), jnp.float32),
+        jnp.zeros((rows, chunk, MAX_TOP_LOGPROBS), jnp.int32),
+        jnp.zeros((rows, chunk, MAX_TOP_LOGPROBS), jnp.float32),
     )
 
-    def goes_on(loop: _Loop):
+    def is_running(loop: _Loop):
         return (loop.step < limit) & jnp.any(loop.running)
 
-    step = partial(_step, extend, weights, control, explain)
-    start = _Loop(jnp.int32(0), slots, control.running, control.left, control.drawn, out)
-    end = jax.lax.while_loop(goes_on, step, start)
-    return end.slots, end.out
+    step = partial(_step, forward, weights, inputs, logprobs)
+    start = _Loop(jnp.int32(0), state, inputs.running, inputs.remaining, inputs.sampled, out)
+    end = jax.lax.while_loop(is_running, step, start)
+    return end.state, end.out
 
 
-def _step(extend: Extend, weights, control: Control, explain, loop: _Loop) -> _Loop:
-    slots, running_B = loop.slots, loop.running
-    tokens_B = draw(slots.logits_BV, slots.seen_BV, control.choices, loop.drawn)
-    out = _tell(loop, tokens_B, explain)
-    ends_B = jnp.any(tokens_B[:, None] == control.stop_ids, axis=1) | (tokens_B == control.pause_id)
-    logits_BV, cache = extend(weights, slots.cache, tokens_B[:, None], running_B.astype(jnp.int32))
-    logits_BV = jnp.where(running_B[:, None], logits_BV, slots.logits_BV)
+def _step(forward: ForwardChunk, weights, inputs: DecodeInputs, logprobs, loop: _Loop) -> _Loop:
+    state, running_B = loop.state, loop.running
+    tokens_B = sample_tokens(state.logits_BV, state.seen_BV, inputs.params, loop.sampled)
+    out = _emit(loop, tokens_B, logprobs)
+    ends_B = jnp.any(tokens_B[:, None] == inputs.stop_ids, axis=1) | (tokens_B == inputs.pause_id)
+    logits_BV, cache = forward(weights, state.cache, tokens_B[:, None], running_B.astype(jnp.int32))
+    logits_BV = jnp.where(running_B[:, None], logits_BV, state.logits_BV)
     rows_B = jnp.arange(len(tokens_B))
-    seen_BV = slots.seen_BV.at[rows_B, tokens_B].max(running_B)
-    left_B = loop.left - running_B
+    seen_BV = state.seen_BV.at[rows_B, tokens_B].max(running_B)
+    remaining_B = loop.remaining - running_B
     return _Loop(
         loop.step + 1,
-        Slots(cache, logits_BV, seen_BV),
-        running_B & ~ends_B & (left_B > 0),
-        left_B,
-        loop.drawn + running_B,
+        EngineState(cache, logits_BV, seen_BV),
+        running_B & ~ends_B & (remaining_B > 0),
+        remaining_B,
+        loop.sampled + running_B,
         out,
     )
 
 
-def _tell(loop: _Loop, tokens_B, explain) -> Drawn:
-    """Writes the step's tokens and their probabilities into column `step`."""
-    logits_BV = loop.slots.logits_BV
+def _emit(loop: _Loop, tokens_B, logprobs) -> Sampled:
+    """Writes the step's tokens and their log-probabilities into column `step`."""
+    logits_BV = loop.state.logits_BV
     logsum_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-    chosen_B1 = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)
-    few = min(ALTERNATIVES, logits_BV.shape[-1])
+    token_logits_B1 = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)
+    n_top = min(MAX_TOP_LOGPROBS, logits_BV.shape[-1])
 
-    def likeliest():
-        values_BA, ids_BA = jax.lax.top_k(logits_BV, few)
+    def top():
+        values_BA, ids_BA = jax.lax.top_k(logits_BV, n_top)
         return ids_BA, values_BA - logsum_B1
 
-    def nothing():
-        shape = (len(tokens_B), few)
+    def zeros():
+        shape = (len(tokens_B), n_top)
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
-    # Only the step's column goes through the condition: what does is copied.
-    ids_BA, logprobs_BA = jax.lax.cond(explain, likeliest, nothing)
-    shown_B = jnp.where(loop.running, tokens_B, -1)
-    return Drawn(
-        loop.out.tokens.at[:, loop.step].set(shown_B),
-        loop.out.logprobs.at[:, loop.step].set((chosen_B1 - logsum_B1)[:, 0]),
-        loop.out.alternative_ids.at[:, loop.step, :few].set(ids_BA),
-        loop.out.alternative_logprobs.at[:, loop.step, :few].set(logprobs_BA),
+    # Only the step's column goes through the condition: whatever does is copied.
+    ids_BA, logprobs_BA = jax.lax.cond(logprobs, top, zeros)
+    emitted_B = jnp.where(loop.running, tokens_B, -1)
+    return Sampled(
+        loop.out.tokens.at[:, loop.step].set(emitted_B),
+        loop.out.logprobs.at[:, loop.step].set((token_logits_B1 - logsum_B1)[:, 0]),
+        loop.out.top_ids.at[:, loop.step, :n_top].set(ids_BA),
+        loop.out.top_logprobs.at[:, loop.step, :n_top].set(logprobs_BA),
     )

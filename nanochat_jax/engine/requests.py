@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it tells: the words between scheduler.py and its users."""
+"""Requests and what the engine answers: the types between scheduler.py and its users."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,21 +6,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat_jax.engine.decode import ALTERNATIVES, STOP_IDS
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.decode import MAX_STOP_IDS, MAX_TOP_LOGPROBS
+from nanochat_jax.engine.sampling import SamplingParams
+from nanochat_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: `n` samples after one prompt."""
+    """What to generate: `n` samples that continue one prompt."""
 
     prompt: Sequence[int]
     max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
-    stop_ids: tuple[int, ...] = ()  # end a sample; not told
-    alternatives: int = 0  # likeliest tokens to tell beside each drawn one
-    use_tools: bool = False  # answer python blocks
+    stop_ids: tuple[int, ...] = ()  # each ends a sample and is not part of it
+    top_logprobs: int = 0  # most likely tokens to report with each sampled one
+    use_tools: bool = False  # the calculator answers python blocks
 
 
 class Token(NamedTuple):
@@ -28,9 +29,9 @@ class Token(NamedTuple):
 
     sample: int
     id: int
-    forced: bool  # the calculator's, not drawn
+    forced: bool  # inserted by the calculator, not sampled
     logprob: float  # of the model alone; nan when forced
-    alternatives: tuple[tuple[int, float], ...]  # (id, logprob), the likeliest first
+    top_logprobs: tuple[tuple[int, float], ...]  # (id, logprob), the most likely first
 
 
 class Finished(NamedTuple):
@@ -38,7 +39,7 @@ class Finished(NamedTuple):
 
     sample: int
     reason: str  # stop, length, cancelled, error
-    cached_tokens: int  # of the prompt, that an old row already held
+    cached_tokens: int  # of the prompt, reused from an earlier request
 
 
 type Event = Token | Finished
@@ -67,8 +68,15 @@ class Sample:
     reason: str = ""
 
 
+def stop_ids(tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+    """The tokens that end a text: <|bos|> begins the next document; in a chat, also the end of the
+    assistant's answer."""
+    names = ("<|assistant_end|>", "<|bos|>") if chat else ("<|bos|>",)
+    return tuple(map(tokenizer.special_id, names))
+
+
 def check(request: Request, vocab_size: int, capacity: int) -> None:
-    """ValueError for a request that could never run on rows of `capacity` tokens."""
+    """ValueError for a request that could never run in slots of `capacity` tokens."""
     tokens = np.asarray(request.prompt)
     if len(tokens) == 0:
         raise ValueError("a prompt needs at least one token; <|bos|> alone will do")
@@ -86,8 +94,8 @@ def check(request: Request, vocab_size: int, capacity: int) -> None:
         )
     for name, value, low, high in (
         ("n", request.n, 1, 4096),
-        ("the number of stop_ids", len(request.stop_ids), 0, STOP_IDS),
-        ("alternatives", request.alternatives, 0, ALTERNATIVES),
+        ("the number of stop_ids", len(request.stop_ids), 0, MAX_STOP_IDS),
+        ("top_logprobs", request.top_logprobs, 0, MAX_TOP_LOGPROBS),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, not {value}")

@@ -1,8 +1,8 @@
 """The calculator that the model may call: arithmetic and counting letters, nothing else.
 
 A python block holds an expression; its value is forced into the stream as the block's output. The
-grammar is Python's, of which only numbers, + − * / // %, parentheses and `.count` on a string are
-understood. Nothing is ever evaluated as code.
+grammar is the part of Python's with numbers, + − * / // %, parentheses and `.count` on a string.
+Nothing is ever evaluated as code.
 """
 
 import ast
@@ -32,10 +32,11 @@ _SIGNS = {ast.UAdd: lambda a: a, ast.USub: lambda a: -a}
 
 
 class Tools:
-    """What a row's python blocks mean, in token ids. ValueError when the tokens are missing."""
+    """The markers of tool calls as token ids, and the calculator's answers as tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
-        ids = (tokenizer.special_id(f"<|{name}|>") for name in _MARKERS)
+        names = ("python_start", "python_end", "output_start", "output_end")
+        ids = (tokenizer.special_id(f"<|{name}|>") for name in names)
         self.python_start, self.python_end, self.output_start, self.output_end = ids
         self._tokenizer = tokenizer
 
@@ -47,20 +48,22 @@ class Tools:
         return [self.output_start, *self._tokenizer.encode(str(result)), self.output_end]
 
 
-_MARKERS = ("python_start", "python_end", "output_start", "output_end")
-
-
-class Block:
-    """Follows one row's tokens: which of them make up the python block that is open."""
+class ToolCall:
+    """Follows one sample's tokens: which of them are the expression of the open python block."""
 
     def __init__(self, tools: Tools):
         self._tools = tools
         self._expression: list[int] | None = None
 
+    @property
+    def pause_id(self) -> int:
+        """The token after which there may be an answer to force."""
+        return self._tools.python_end
+
     def feed(self, token: int) -> list[int]:
         """The tokens to force after this one."""
         if token == self._tools.python_start:
-            self._expression = []  # an unfinished block begins again
+            self._expression = []  # an unfinished block starts again
         elif token == self._tools.python_end and self._expression is not None:
             expression, self._expression = self._expression, None
             return self._tools.answer(expression)
@@ -70,7 +73,7 @@ class Block:
 
 
 def calculate(expression: str) -> int | float | None:
-    """The value of an expression; None for whatever is not one."""
+    """The value of an expression; None for anything outside the grammar."""
     if len(expression) > MAX_CHARS:
         return None
     source = _without_commas(expression).strip(" ")
@@ -85,20 +88,20 @@ def calculate(expression: str) -> int | float | None:
 
 
 def _without_commas(expression: str) -> str:
-    """1,234 means 1234; a comma inside a string is a comma."""
+    """1,234 means 1234; a comma inside a string stays."""
     parts = re.split(f"({_STRING.pattern})", expression)
     parts[::2] = [_THOUSANDS.sub(lambda m: m.group().replace(",", ""), p) for p in parts[::2]]
     return "".join(parts)
 
 
 def _depth(source: str) -> int:
-    """At least as deep as the syntax tree will be: brackets, and runs of signs."""
+    """An upper bound of the syntax tree's depth: parentheses, and runs of signs."""
     signs = max(map(len, re.findall(r"[+\- ]+", source)), default=0)
     return source.count("(") + signs
 
 
 def _value(node: ast.expr, source: str) -> int | float:
-    """Walks the tree; ValueError for anything that is not in the grammar."""
+    """Evaluates the syntax tree; ValueError for anything outside the grammar."""
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             if _NUMBER.fullmatch(ast.get_source_segment(source, node) or ""):

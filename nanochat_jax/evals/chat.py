@@ -124,7 +124,7 @@ def evaluate_generative(
     The processes of a cluster divide the questions, each with a scheduler of its own; each gets all
     results.
     """
-    at_once = ROUNDS * scheduler.engine.slots * jax.process_count()
+    at_once = ROUNDS * scheduler.engine.n_slots * jax.process_count()
     answer = partial(_answer, scheduler, tokenizer, task, drawing)
     judged: list[list[tuple[str, bool]]] = []
     for first in range(0, len(task), at_once):

@@ -7,9 +7,8 @@ import numpy as np
 
 from nanochat_jax.engine.engine import Engine, make_engine
 from nanochat_jax.engine.requests import Request, Sample
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.engine.tools import Tools
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
@@ -30,7 +29,7 @@ QUESTIONS = (
     "Why is the sky blue?",
 )
 
-SAMPLING = Sampling(temperature=0.8, top_k=50, seed=42)
+SAMPLING = SamplingParams(temperature=0.8, top_k=50, seed=42)
 MAX_ROWS = 16  # prompts at once
 CHUNK = 64  # nobody watches the tokens come
 
@@ -47,7 +46,7 @@ def completion_engine(
     """An engine with room for `complete`; rows may become longer than those of the training."""
     longest = max(map(len, _prompt_ids(tokenizer, prompts, chat)))
     slots = min(len(prompts), MAX_ROWS)
-    return make_engine(model, params, capacity=longest + max_new_tokens, slots=slots, chunk=CHUNK)
+    return make_engine(model, params, capacity=longest + max_new_tokens, n_slots=slots, chunk=CHUNK)
 
 
 def complete(
@@ -56,7 +55,7 @@ def complete(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    sampling: Sampling = SAMPLING,
+    sampling: SamplingParams = SAMPLING,
     chat: bool = False,
 ) -> list[str]:
     """How each prompt goes on, until <|bos|> (the next document) or `max_new_tokens`.
@@ -76,8 +75,7 @@ def complete(
         )
         for i, row in enumerate(_prompt_ids(tokenizer, prompts, chat))
     ]
-    tools = Tools(tokenizer) if chat else None
-    samples = Scheduler(engine, tools=tools).generate(requests)
+    samples = Scheduler(engine, tokenizer).generate(requests)
     return [tokenizer.decode(sample[0].tokens) for sample in samples]
 
 
@@ -143,7 +141,7 @@ def _answer(
 def _request(
     tokenizer: Tokenizer, conversation: Conversation, drawing: Drawing, number: int
 ) -> Request:
-    sampling = Sampling(drawing.temperature, drawing.top_k, seed=drawing.seed + number)
+    sampling = SamplingParams(drawing.temperature, drawing.top_k, seed=drawing.seed + number)
     return Request(
         tokenizer.render_for_completion(conversation, MAX_PROMPT),
         drawing.max_new_tokens,

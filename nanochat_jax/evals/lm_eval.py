@@ -20,9 +20,8 @@ import numpy as np
 from nanochat_jax.checkpoint import LoadedModel, load_model
 from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.engine.requests import Event, Finished, Request, Token
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.scoring_batches import Span, SpanScore
 from nanochat_jax.runs import run_folder
@@ -128,10 +127,9 @@ class Harness:
         new = [int(settings.get("max_gen_toks", MAX_GEN_TOKENS)) for _, settings in pairs]
         capacity = self._max_length + max(new, default=0)
         engine = make_engine(
-            self._model, self._params, capacity=capacity, slots=self._slots, mesh=self._mesh
+            self._model, self._params, capacity=capacity, n_slots=self._slots, mesh=self._mesh
         )
-        tools = Tools(self._tokenizer) if self._use_tools else None
-        scheduler = Scheduler(engine, tools=tools, max_queue=EVERYTHING)
+        scheduler = Scheduler(engine, self._tokenizer, max_queue=EVERYTHING)
         writers = [
             Writer(scheduler, self._tokenizer, self._request(context, settings, n, i), settings)
             for i, ((context, settings), n) in enumerate(zip(pairs, new, strict=True))
@@ -211,13 +209,13 @@ class Writer:
         return min((at for at in found if at >= 0), default=None)
 
 
-def _sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
+def _sampling(settings: Mapping[str, Any], seed: int) -> SamplingParams:
     """Greedy unless the task wants otherwise."""
     wanted = settings.get("do_sample")
     usual = 1.0 if wanted else 0.0
     temperature = 0.0 if wanted is False else float(settings.get("temperature", usual))
     top_k, top_p = int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0)
-    return Sampling(temperature, top_k, top_p, seed=seed)
+    return SamplingParams(temperature, top_k, top_p, seed=seed)
 
 
 def _log_p(scores: Sequence[SpanScore]) -> float:

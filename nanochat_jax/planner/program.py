@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from nanochat_jax.engine.engine import engine_of
+from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
 from nanochat_jax.planner import hlo
 from nanochat_jax.planner.estimate import (
@@ -213,13 +213,13 @@ def compile_engine(config: GPTConfig, target: str, slots: int) -> InferenceCost:
     ValueError for an unknown target, and when the CUDA wheels are absent.
     """
     model = GPT(config, jnp.bfloat16)
-    engine = engine_of(model, slots=slots, mesh=deviceless_mesh(target, 1))
+    engine = make_engine(model, n_slots=slots, mesh=deviceless_mesh(target, 1))
     shapes = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32)
         for name, (shape, _) in parameter_table(config).items()
     }
     read = {name: _read(low, target) for name, low in engine.lowered(shapes).items()}
-    return InferenceCost(engine.slots, engine.buckets[-1], read["decode"], read["prefill"])
+    return InferenceCost(engine.n_slots, engine.buckets[-1], read["decode"], read["prefill"])
 
 
 def _read(lowered: Any, target: str) -> Program:

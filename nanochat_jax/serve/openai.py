@@ -14,8 +14,8 @@ from typing import Any
 import fastapi
 from fastapi.responses import JSONResponse, Response
 
-from nanochat_jax.engine.requests import Request
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.requests import Request, stop_ids
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.serve.errors import ApiError, bad_request
 from nanochat_jax.serve.schema import (
     ChatRequest,
@@ -33,7 +33,6 @@ from nanochat_jax.serve.text import (
     TooLong,
     chat_request,
     parts_of,
-    stop_ids,
 )
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -102,7 +101,7 @@ def _chat_request(asked: ChatRequest, service: Service) -> tuple[Request, int]:
             max_tokens=asked.max_completion_tokens or asked.max_tokens or _default_tokens(service),
             sampling=_sampling(asked, service),
             n=asked.n or 1,
-            alternatives=(asked.top_logprobs or 0) if asked.logprobs else 0,
+            top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else 0,
         )
     except TooLong as error:
         raise bad_request(str(error), "messages", "context_length_exceeded") from None
@@ -130,8 +129,8 @@ def _completion_requests(asked: CompletionRequest, service: Service) -> list[Req
             max_new_tokens=min(wanted, service.context - len(ids)),
             sampling=_sampling(asked, service),
             n=asked.n or 1,
-            stop_ids=stop_ids(service.tokenizer, service.prompt_format),
-            alternatives=asked.logprobs or 0,
+            stop_ids=stop_ids(service.tokenizer, chat=service.prompt_format == "chat"),
+            top_logprobs=asked.logprobs or 0,
         )
         for ids in prompts
     ]
@@ -151,16 +150,16 @@ def _as_conversation(message: Message) -> Mapping[str, Any]:
     return {"role": role, "content": "\n".join(message.texts)}
 
 
-def _sampling(asked: Generate, service: Service) -> Sampling:
+def _sampling(asked: Generate, service: Service) -> SamplingParams:
     chosen: dict[str, Any] = {
         "temperature": min(TEMPERATURE, service.config.max_temperature),
         "top_k": min(TOP_K, service.config.max_top_k),
         "seed": secrets.randbits(63),
     }
-    given = {setting.name: getattr(asked, setting.name) for setting in fields(Sampling)}
+    given = {setting.name: getattr(asked, setting.name) for setting in fields(SamplingParams)}
     chosen |= {name: value for name, value in given.items() if value is not None}
     try:
-        return Sampling(**chosen)
+        return SamplingParams(**chosen)
     except ValueError as error:
         raise bad_request(str(error)) from None
 
@@ -280,26 +279,26 @@ def _chat_logprobs(tokenizer: Tokenizer, pieces: Iterable[TextPiece]) -> Json:
     """
     content = []
     for placed in _generated(pieces):
-        _, id, _, logprob, alternatives = placed.token
+        _, id, _, logprob, top_logprobs = placed.token
         entry = _token_entry(tokenizer, id, logprob) | {"text_offset": placed.offset}
-        tops = [_token_entry(tokenizer, *top) for top in alternatives]
+        tops = [_token_entry(tokenizer, *top) for top in top_logprobs]
         content.append(entry | {"top_logprobs": tops})
     return {"content": content, "refusal": None}
 
 
 def _completion_logprobs(
-    tokenizer: Tokenizer, pieces: Iterable[TextPiece], alternatives: int
+    tokenizer: Tokenizer, pieces: Iterable[TextPiece], top_logprobs: int
 ) -> Json:
     """choices[].logprobs of a completion: four lists of equal length."""
     tokens = list(_generated(pieces))
     tops = [
-        {_name(tokenizer, id): _finite(logprob) for id, logprob in placed.token.alternatives}
+        {_name(tokenizer, id): _finite(logprob) for id, logprob in placed.token.top_logprobs}
         for placed in tokens
     ]
     return {
         "tokens": [_name(tokenizer, placed.token.id) for placed in tokens],
         "token_logprobs": [_finite(placed.token.logprob) for placed in tokens],
-        "top_logprobs": tops if alternatives else None,
+        "top_logprobs": tops if top_logprobs else None,
         "text_offset": [placed.offset for placed in tokens],
     }
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nanochat_jax.engine.requests import Event, Finished, Full, Request, Token
-from nanochat_jax.engine.scheduler import Ticket
+from nanochat_jax.engine.scheduler import RequestState
 from nanochat_jax.serve.errors import GONE, ApiError, bad_request, internal_error, unavailable
 from nanochat_jax.serve.middleware import record_of
 from nanochat_jax.serve.service import Service
@@ -58,7 +58,7 @@ class Generation:
         self._arrived = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        self._tickets: list[RequestState] = []
         n = requests[0].n * len(requests)
         self.choices = [Choice(AnswerReader(service.tokenizer, stop)) for _ in range(n)]
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from nanochat_jax.checkpoint import LoadedModel
 from nanochat_jax.engine.requests import Event, Finished
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.serve.text import AnswerReader, TextPiece, chat_request, parts_of, prompt_format
 
@@ -53,9 +53,9 @@ class Settings:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        return Sampling(temperature=self.temperature, top_k=self.top_k, seed=seed)
+        return SamplingParams(temperature=self.temperature, top_k=self.top_k, seed=seed)
 
 
 @dataclass

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from nanochat_jax.engine.requests import Request, Token
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.requests import Request, Token, stop_ids
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.tokenizer import Tokenizer
 
 type PromptFormat = Literal["base", "chat"]
@@ -50,9 +50,9 @@ def chat_request(
     *,
     context: int,
     max_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     n: int = 1,
-    alternatives: int = 0,
+    top_logprobs: int = 0,
 ) -> tuple[Request, int]:
     """The request for an answer to the last message, and how many of the oldest are left out.
 
@@ -65,8 +65,8 @@ def chat_request(
         max_new_tokens=min(max_tokens, context - len(prompt.ids)),
         sampling=sampling,
         n=n,
-        stop_ids=stop_ids(tokenizer, format),
-        alternatives=alternatives,
+        stop_ids=stop_ids(tokenizer, chat=format == "chat"),
+        top_logprobs=top_logprobs,
         use_tools=format == "chat",
     )
     return request, prompt.dropped
@@ -121,12 +121,6 @@ def plain_text(content: str | Sequence[Mapping[str, str]]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def stop_ids(tokenizer: Tokenizer, format: PromptFormat) -> tuple[int, ...]:
-    """The tokens that end an answer."""
-    names = ("<|assistant_end|>", "<|bos|>") if format == "chat" else ("<|bos|>",)
-    return tuple(tokenizer.special_id(name) for name in names)
 
 
 # --- what the model says --------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from nanochat_jax.attention import attention_kernel
 from nanochat_jax.checkpoint import load_model, model_meta
 from nanochat_jax.cli import progress_bar
 from nanochat_jax.distributed import is_main_process, say
-from nanochat_jax.engine.engine import Engine, engine_of
+from nanochat_jax.engine.engine import Engine, make_engine
 from nanochat_jax.gpt import GPT, Params, compute_dtype
 from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
 from nanochat_jax.runs import cut_metrics, run_folder
@@ -153,7 +153,7 @@ def prepare(config: RlConfig) -> Job:
 def _engine(config: RlConfig, model: GPT, mesh: Mesh) -> Engine:
     """Each process has its own."""
     slots = -(-config.slots // jax.process_count())
-    return engine_of(model, slots=slots, mesh=own_mesh(mesh))
+    return make_engine(model, n_slots=slots, mesh=own_mesh(mesh))
 
 
 def _tasks(config: RlConfig) -> tuple[Task, Task]:
@@ -288,11 +288,11 @@ def make_lender(job: Job) -> Lend:
 
     @contextmanager
     def lend(params: Params) -> Iterator[None]:
-        engine.use(gather(params))
+        engine.load_weights(gather(params))
         try:
             yield
         finally:
-            engine.release()
+            engine.free()
 
     return lend
 

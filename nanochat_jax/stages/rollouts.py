@@ -15,9 +15,8 @@ import numpy as np
 from nanochat_jax.distributed import share_out
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.requests import Request, Sample
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.generation import pass_at_k
 from nanochat_jax.evals.scoring import ProgressCallback
 from nanochat_jax.stages.policy import Rollout
@@ -81,7 +80,7 @@ class Interview:
         """The samples of each question as JSON."""
         requests = [self._request(question, talk, n) for question, talk in asked]
         # A new scheduler: an old one would go on from rows that other weights have filled.
-        drawn = Scheduler(self.engine, tools=Tools(self.tokenizer)).generate(requests)
+        drawn = Scheduler(self.engine, self.tokenizer).generate(requests)
         return [
             [asdict(self._rollout(request, s, talk, judge)) for s in samples]
             for (_, talk), request, samples in zip(asked, requests, drawn, strict=True)
@@ -92,7 +91,7 @@ class Interview:
         return Request(
             self.tokenizer.render_for_completion(conversation, max_tokens=room),
             self.max_new_tokens,
-            Sampling(self.temperature, self.top_k, seed=question.seed),
+            SamplingParams(self.temperature, self.top_k, seed=question.seed),
             n=n,
             stop_ids=(self.tokenizer.special_id("<|assistant_end|>"), self.tokenizer.bos_id),
             use_tools=True,

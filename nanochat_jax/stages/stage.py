@@ -436,7 +436,7 @@ def make_sample(
             return []
         one_device = {name: array.addressable_data(0) for name, array in whole.items()}
         if engines:
-            engines[0].use(one_device)
+            engines[0].load_weights(one_device)
         else:
             engines.append(
                 completion_engine(model, one_device, tokenizer, prompts, n_tokens, chat=chat)
@@ -446,7 +446,7 @@ def make_sample(
         texts = complete(
             engine, tokenizer, prompts, max_new_tokens=n_tokens, sampling=sampling, chat=chat
         )
-        engine.release()  # its memory is the training's
+        engine.free()  # its memory is the training's
         return list(zip(prompts, texts, strict=True))
 
     return run

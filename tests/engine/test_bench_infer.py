@@ -7,7 +7,7 @@ from pathlib import Path
 
 from random_model import random_model
 
-from nanochat_jax.engine.engine import engine_of
+from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.planner import hlo
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_infer.py"
@@ -35,7 +35,7 @@ def test_the_decode_loop_copies_no_ring():
     """Each token writes one position of a ring in place; a copy would cost more than the model."""
     model, params = random_model(sequence_len=192)
     for slots in (1, 4):
-        compiled = engine_of(model, slots=slots, chunk=4).lowered(params)["decode"].compile()
+        compiled = make_engine(model, n_slots=slots, chunk=4).lowered(params)["decode"].compile()
         module = hlo.parse(compiled.as_text())
         loop = max(module.computations.values(), key=lambda c: len(c.instructions))
         assert len(loop.instructions) > 100

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_model import random_model
 
 from nanochat_jax.engine.cache import can_rewind, empty_cache, ring_sizes
-from nanochat_jax.engine.decode import decode_weights, extend_cache
+from nanochat_jax.engine.decode import decode_weights, forward_chunk
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.interop.names import params_from_torch
 
@@ -23,7 +23,7 @@ LENGTH = 170  # tokens of a row: beyond the short window, which is 128, and the 
 def model_and_programs(recipe: str, capacity: int):
     """The long window is 150, so that its ring wraps too."""
     model, params = random_model(recipe, sequence_len=150 if recipe == "2026" else LENGTH)
-    extend = jax.jit(partial(extend_cache, model.config, jnp.float32))
+    extend = jax.jit(partial(forward_chunk, model.config, jnp.float32))
     return model, params, extend, decode_weights(model, params)
 
 
@@ -114,7 +114,7 @@ def original(golden):
         if name.startswith("param/")
     }
     params = params_from_torch(model.config, named)
-    extend = jax.jit(partial(extend_cache, model.config, jnp.float32))
+    extend = jax.jit(partial(forward_chunk, model.config, jnp.float32))
     return model, params, meta, arrays, extend, decode_weights(model, params)
 
 

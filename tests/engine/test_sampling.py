@@ -7,42 +7,47 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_jax.engine.sampling import CANDIDATES, Choices, Sampling, draw
+from nanochat_jax.engine.sampling import (
+    CANDIDATES,
+    BatchedSamplingParams,
+    SamplingParams,
+    sample_tokens,
+)
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
 ROWS = 4000
-drawing = jax.jit(draw)
+sample_rows = jax.jit(sample_tokens)
 
 
-def shares(sampling: Sampling, seen=(), logits=None) -> np.ndarray:
+def shares(sampling: SamplingParams, seen=(), logits=None) -> np.ndarray:
     """How often each token is drawn by many rows of different seeds."""
     logits = np.log(P) if logits is None else logits
-    choices = Choices.empty(ROWS)
+    params = BatchedSamplingParams.empty(ROWS)
     for row in range(ROWS):
-        choices.put(row, sampling, row)
+        params.put(row, sampling, row)
     seen_BV = np.zeros((ROWS, len(logits)), bool)
     seen_BV[:, list(seen)] = True
     tiled = np.tile(np.float32(logits), (ROWS, 1))
-    tokens = drawing(tiled, seen_BV, choices, np.zeros(ROWS, np.int32))
+    tokens = sample_rows(tiled, seen_BV, params, np.zeros(ROWS, np.int32))
     return np.bincount(tokens, minlength=len(logits)) / ROWS
 
 
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
-        (Sampling(), P),
-        (Sampling(temperature=0.5), P**2 / (P**2).sum()),
-        (Sampling(top_k=2), [0.625, 0.375, 0, 0]),
-        (Sampling(top_k=1), [1, 0, 0, 0]),
-        (Sampling(top_k=100), P),
-        (Sampling(top_k=10**6), P),
-        (Sampling(top_p=0.79), [0.625, 0.375, 0, 0]),  # 0.5 alone does not reach it
-        (Sampling(top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
-        (Sampling(top_p=0.0), [1, 0, 0, 0]),
-        (Sampling(min_p=0.31), [0.625, 0.375, 0, 0]),  # of the likeliest one's 0.5
-        (Sampling(top_k=3, top_p=0.8), [0.625, 0.375, 0, 0]),  # top_p of what top_k left
-        (Sampling(temperature=0.0), [1, 0, 0, 0]),
-        (Sampling(temperature=0.0, top_k=3, top_p=0.9), [1, 0, 0, 0]),
+        (SamplingParams(), P),
+        (SamplingParams(temperature=0.5), P**2 / (P**2).sum()),
+        (SamplingParams(top_k=2), [0.625, 0.375, 0, 0]),
+        (SamplingParams(top_k=1), [1, 0, 0, 0]),
+        (SamplingParams(top_k=100), P),
+        (SamplingParams(top_k=10**6), P),
+        (SamplingParams(top_p=0.79), [0.625, 0.375, 0, 0]),  # 0.5 alone does not reach it
+        (SamplingParams(top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (SamplingParams(top_p=0.0), [1, 0, 0, 0]),
+        (SamplingParams(min_p=0.31), [0.625, 0.375, 0, 0]),  # of the likeliest one's 0.5
+        (SamplingParams(top_k=3, top_p=0.8), [0.625, 0.375, 0, 0]),  # top_p of what top_k left
+        (SamplingParams(temperature=0.0), [1, 0, 0, 0]),
+        (SamplingParams(temperature=0.0, top_k=3, top_p=0.9), [1, 0, 0, 0]),
     ],
 )
 def test_the_shares_of_the_tokens(sampling, expected):
@@ -52,9 +57,9 @@ def test_the_shares_of_the_tokens(sampling, expected):
 def test_the_repetition_penalty_is_for_tokens_seen_and_pushes_both_signs_down():
     logits = np.array([1.0, 1.0, -1.0, -1.0])
     odds = np.exp([0.5, 1.0, -2.0, -1.0])
-    got = shares(Sampling(repetition_penalty=2.0), seen=[0, 2], logits=logits)
+    got = shares(SamplingParams(repetition_penalty=2.0), seen=[0, 2], logits=logits)
     np.testing.assert_allclose(got, odds / odds.sum(), atol=0.03)
-    greedy = shares(Sampling(temperature=0, repetition_penalty=2.0), seen=[0], logits=logits)
+    greedy = shares(SamplingParams(temperature=0, repetition_penalty=2.0), seen=[0], logits=logits)
     assert greedy.tolist() == [0, 1, 0, 0]
 
 
@@ -66,7 +71,7 @@ def test_a_row_draws_the_same_whatever_its_neighbours_want(data):
     logits = rng.normal(0, 1, (3, CANDIDATES[-1] + 44)).astype(np.float32)
     seen = np.zeros(logits.shape, bool)
     setting = st.builds(
-        Sampling,
+        SamplingParams,
         temperature=st.sampled_from([0.0, 0.3, 1.0]),
         top_k=st.sampled_from([0, 1, *(k + d for k in CANDIDATES for d in (0, 1))]),
         top_p=st.sampled_from([1.0, 0.5]),
@@ -74,21 +79,21 @@ def test_a_row_draws_the_same_whatever_its_neighbours_want(data):
     )
     mine, others = data.draw(setting), data.draw(st.lists(setting, min_size=2, max_size=2))
     results = []
-    for neighbours in ([Sampling(temperature=0)] * 2, others):
-        choices = Choices.empty(3)
+    for neighbours in ([SamplingParams(temperature=0)] * 2, others):
+        params = BatchedSamplingParams.empty(3)
         for row, sampling in enumerate([mine, *neighbours]):
-            choices.put(row, sampling, 5)
-        results.append(int(drawing(logits, seen, choices, np.full(3, 7, np.int32))[0]))
+            params.put(row, sampling, 5)
+        results.append(int(sample_rows(logits, seen, params, np.full(3, 7, np.int32))[0]))
     assert results[0] == results[1]
 
 
 def test_seed_sample_and_position_each_change_what_is_drawn():
     def draws(seed=1, sample=0, start=0):
-        choices = Choices.empty(50)
+        params = BatchedSamplingParams.empty(50)
         for row in range(50):
-            choices.put(row, Sampling(seed=seed), sample)
+            params.put(row, SamplingParams(seed=seed), sample)
         logits = jnp.zeros((50, 1000))
-        return np.asarray(drawing(logits, logits > 1, choices, start + np.arange(50))).tolist()
+        return np.asarray(sample_rows(logits, logits > 1, params, start + np.arange(50))).tolist()
 
     assert draws() == draws()
     different = [draws(), draws(seed=2), draws(seed=1 + 2**32), draws(sample=1), draws(start=50)]
@@ -110,4 +115,4 @@ def test_seed_sample_and_position_each_change_what_is_drawn():
 )
 def test_a_setting_outside_its_range_is_named(name, value):
     with pytest.raises(ValueError, match=name):
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})

@@ -16,20 +16,20 @@ from random_model import random_model
 
 from nanochat_jax.engine.engine import Engine, make_engine
 from nanochat_jax.engine.requests import Finished, Full, Request, Token
-from nanochat_jax.engine.sampling import Sampling
+from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.engine.reference import generate
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 MODEL = random_model(sequence_len=192)
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return make_engine(*MODEL, slots=4, chunk=8)
+    return make_engine(*MODEL, n_slots=4, chunk=8)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ requests = st.builds(
     prompt=prompts,
     max_new_tokens=st.integers(0, 20),
     sampling=st.builds(
-        Sampling,
+        SamplingParams,
         temperature=st.sampled_from([0.0, 1.0]),
         top_k=st.sampled_from([0, 5]),
         repetition_penalty=st.sampled_from([1.0, 1.3]),
@@ -101,12 +101,12 @@ def test_a_request_gives_the_same_tokens_alone_and_among_others(engine, several)
 
 def test_the_rows_of_eight_devices_give_the_same_tokens(scheduler):
     many = [
-        Request(list(range(i + 1, i + 20)), 12, Sampling(seed=i), n=3, stop_ids=(7,))
+        Request(list(range(i + 1, i + 20)), 12, SamplingParams(seed=i), n=3, stop_ids=(7,))
         for i in range(4)
     ]
     model, params = MODEL
     on_one = jax.device_put(params, jax.devices()[0])  # where load_model leaves them
-    spread = Scheduler(make_engine(model, on_one, slots=8, chunk=8, mesh=make_mesh(8)))
+    spread = Scheduler(make_engine(model, on_one, n_slots=8, chunk=8, mesh=make_mesh(8)))
     for ours, one in zip(spread.generate(many), scheduler.generate(many), strict=True):
         assert tokens_of(ours) == tokens_of(one)
 
@@ -114,7 +114,7 @@ def test_the_rows_of_eight_devices_give_the_same_tokens(scheduler):
 def test_log_probabilities_and_alternatives_are_the_models(scheduler):
     model, params = MODEL
     listener = Listener()
-    scheduler.submit(Request([1, 2, 3], 10, Sampling(seed=3), alternatives=4), listener)
+    scheduler.submit(Request([1, 2, 3], 10, SamplingParams(seed=3), top_logprobs=4), listener)
     while scheduler.step():
         pass
     drawn = [event for event in listener if isinstance(event, Token)]
@@ -123,14 +123,14 @@ def test_log_probabilities_and_alternatives_are_the_models(scheduler):
     expected = np.asarray(jax.nn.log_softmax(logits))[2:-1]
     for event, logprobs in zip(drawn, expected, strict=True):
         assert event.logprob == pytest.approx(logprobs[event.id], abs=1e-4)
-        ids, values = zip(*event.alternatives, strict=True)
+        ids, values = zip(*event.top_logprobs, strict=True)
         assert list(ids) == np.argsort(-logprobs)[:4].tolist()
         np.testing.assert_allclose(values, logprobs[list(ids)], atol=1e-4)
 
 
 def test_the_repetition_penalty_knows_prompt_and_answer(scheduler):
     model, params = MODEL
-    prompt, greedy = list(range(0, 60)), Sampling(temperature=0, repetition_penalty=1.5)
+    prompt, greedy = list(range(0, 60)), SamplingParams(temperature=0, repetition_penalty=1.5)
     tokens = scheduler.generate([Request(prompt, 30, greedy)])[0][0].tokens
     logits = np.array(jax.jit(model.apply)({"params": params}, np.array([prompt + tokens]))[0])
     for i, token in enumerate(tokens):
@@ -149,14 +149,14 @@ def test_samples_share_one_prefill(scheduler, monkeypatch):
             calls.append(sum(len(chunk.tokens) for chunk in chunks)), run(chunks)
         )
     )  # fmt: skip
-    samples = scheduler.generate([Request(list(range(60)), 8, Sampling(seed=1), n=4)])[0]
+    samples = scheduler.generate([Request(list(range(60)), 8, SamplingParams(seed=1), n=4)])[0]
     assert sum(calls) == 60
     assert len({tuple(sample.tokens) for sample in samples}) == 4
 
 
 def test_more_samples_than_rows(scheduler):
-    many = scheduler.generate([Request([1, 2], 6, Sampling(seed=1), n=11)])[0]
-    few = scheduler.generate([Request([1, 2], 6, Sampling(seed=1), n=2)])[0]
+    many = scheduler.generate([Request([1, 2], 6, SamplingParams(seed=1), n=11)])[0]
+    few = scheduler.generate([Request([1, 2], 6, SamplingParams(seed=1), n=2)])[0]
     assert tokens_of(many)[:2] == tokens_of(few)
     assert all(len(sample.tokens) == 6 for sample in many)
 
@@ -186,17 +186,21 @@ def test_an_edited_conversation_goes_on_from_what_is_common(scheduler):
     assert listener.finished()[0].cached_tokens == 40
 
 
+def compiled_programs(engine: Engine) -> int:
+    return sum(f._cache_size() for f in (engine._prefill, engine._decode, engine._copy))
+
+
 def test_no_prompt_length_compiles_anew(engine):
     """One program for each bucket, one to decode, one to copy rows: made by warm_up."""
     engine.warm_up()
-    made = engine.compiled_programs()
+    made = compiled_programs(engine)
     assert made == len(engine.buckets) + 2
     scheduler = Scheduler(engine)
     lengths = [*range(1, 40), 63, 64, 65, 100, 128, 150]
     scheduler.generate(
-        [Request([1] * n, 3, Sampling(seed=n, top_k=n % 7), n=1 + n % 4) for n in lengths]
+        [Request([1] * n, 3, SamplingParams(seed=n, top_k=n % 7), n=1 + n % 4) for n in lengths]
     )
-    assert engine.compiled_programs() == made
+    assert compiled_programs(engine) == made
 
 
 @given(st.integers(1, 5000))
@@ -215,7 +219,7 @@ def test_a_chunk_is_never_padded_to_more_than_twice_its_tokens(remaining):
 def test_a_long_prompt_does_not_hold_up_the_others():
     """It is appended in parts, and rows that draw go on drawing between them."""
     long_model = random_model(sequence_len=1600)
-    scheduler = Scheduler(make_engine(*long_model, slots=2, chunk=2))
+    scheduler = Scheduler(make_engine(*long_model, n_slots=2, chunk=2))
     chatting, reading = Listener(), Listener()
     scheduler.submit(Request([1, 2], 12, GREEDY), chatting)
     scheduler.step()
@@ -295,7 +299,7 @@ def test_a_full_queue_says_so(engine):
         (Request([1] * 100, 93), "context of 192"),
         (Request([1], 5, n=0), "n must be"),
         (Request([1], 5, stop_ids=tuple(range(9))), "stop_ids"),
-        (Request([1], 5, alternatives=21), "alternatives"),
+        (Request([1], 5, top_logprobs=21), "top_logprobs"),
     ],
 )
 def test_requests_that_could_never_run_are_refused(scheduler, request_, message):
@@ -388,9 +392,9 @@ def scripted_engine(scripts, prompt_length: int, vocab_size: int, slots: int) ->
 
     engine = Engine(
         extend, jnp.asarray, empty, vocab_size=vocab_size, capacity=10**4,
-        can_rewind=lambda length, start: False, slots=slots, chunk=5,
+        can_rewind=lambda length, start: False, n_slots=slots, chunk=5,
     )  # fmt: skip
-    engine.use(table)
+    engine.load_weights(table)
     return engine
 
 
@@ -408,7 +412,7 @@ def test_the_tool_state_machine_of_the_original(golden):
     for case in about["cases"]:
         prompt, scripts = case["prompt"], case["scripts"]
         engine = scripted_engine(scripts, len(prompt), tokenizer.vocab_size, len(scripts))
-        scheduler = Scheduler(engine, tools=Tools(tokenizer))
+        scheduler = Scheduler(engine, tokenizer)
         request = Request(prompt, case["max_tokens"], GREEDY, stop_ids=stops, use_tools=True)
         # One request a script; the rows are taken in order.
         for samples, tokens, masks in zip(
@@ -429,7 +433,7 @@ def test_an_answer_ends_where_the_budget_ends(budget):
     script = [tools.python_start, *b"6*7", tools.python_end, 0, 0, 0, 0, *b"ok", 4]
     engine = scripted_engine([script], 1, tokenizer.vocab_size, 1)
     request = Request([tokenizer.bos_id], budget, GREEDY, stop_ids=(4,), use_tools=True)
-    sample = Scheduler(engine, tools=tools).generate([request])[0][0]
+    sample = Scheduler(engine, tokenizer).generate([request])[0][0]
     whole = [*script[:5], tools.output_start, *b"42", tools.output_end, *b"ok"]
     assert sample.tokens == whole[:budget]
     assert sample.forced == ([False] * 5 + [True] * 4 + [False] * 2)[:budget]
@@ -443,7 +447,7 @@ def test_a_row_that_waits_for_the_calculator_holds_up_nobody():
     call = [tools.python_start, *b"1", tools.python_end, 0, 0, 0]
     engine = scripted_engine([call * 10, [65] * 60], 1, tokenizer.vocab_size, 2)
     requests = [Request([tokenizer.bos_id], 60, GREEDY, use_tools=True)] * 2
-    calling, writing = Scheduler(engine, tools=tools).generate(requests)
+    calling, writing = Scheduler(engine, tokenizer).generate(requests)
     assert tokenizer.decode(writing[0].tokens) == "A" * 60
     one_call = "<|python_start|>1<|python_end|><|output_start|>1<|output_end|>"
     assert tokenizer.decode(calling[0].tokens) == one_call * 10

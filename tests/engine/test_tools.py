@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax.engine.tools import MAX_CHARS, Block, Tools, calculate
+from nanochat_jax.engine.tools import MAX_CHARS, ToolCall, Tools, calculate
 from nanochat_jax.tokenizer import Tokenizer
 
 # What recipe section 12 mends: tuples, commas that separate no thousands, chained string methods,
@@ -87,7 +87,7 @@ def test_it_computes_as_python_does(a, b, c):
 def test_a_block_is_followed_token_by_token():
     tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])
     tools = Tools(tokenizer)
-    block = Block(tools)
+    block = ToolCall(tools)
     start, end = tools.python_start, tools.python_end
 
     def feed(tokens):

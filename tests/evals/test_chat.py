@@ -11,7 +11,6 @@ from tiny_run import make_run
 
 from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.engine.scheduler import Scheduler
-from nanochat_jax.engine.tools import Tools
 from nanochat_jax.evals.chat import (
     CHAT_CORE,
     ChatResult,
@@ -112,9 +111,9 @@ def test_answers_do_not_depend_on_how_many_are_written_at_once(model_and_params,
 
         task = Listed("odd", "generative", questions(7), judge)
         engine = make_engine(
-            *model_and_params, capacity=capacity_for(tokenizer, [task], drawing), slots=slots
+            *model_and_params, capacity=capacity_for(tokenizer, [task], drawing), n_slots=slots
         )
-        scheduler = Scheduler(engine, tools=Tools(tokenizer))
+        scheduler = Scheduler(engine, tokenizer)
         seen = []
         result = evaluate_generative(
             scheduler, tokenizer, task, drawing, lambda *done, seen=seen: seen.append(done)

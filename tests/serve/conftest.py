@@ -21,7 +21,7 @@ from nanochat_jax.serve.app import create_app
 from nanochat_jax.serve.server import Server, bind, url_of
 from nanochat_jax.serve.settings import ServeConfig
 
-ENGINE = {"slots": 4, "chunk": 8}  # always the same, so that its programs are compiled once
+ENGINE = {"n_slots": 4, "chunk": 8}  # always the same, so that its programs are compiled once
 
 
 @dataclass

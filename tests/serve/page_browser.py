@@ -57,7 +57,7 @@ def toy(tmp_path_factory) -> LoadedModel:
 @pytest.fixture(scope="module")
 def chat_url(toy) -> Iterator[str]:
     """A server whose model chats."""
-    scheduler = make_scheduler(toy.model, toy.params, toy.tokenizer, slots=2, chunk=4)
+    scheduler = make_scheduler(toy.model, toy.params, toy.tokenizer, n_slots=2, chunk=4)
     with page_server.page_server(scheduler, toy.meta, "sft") as app:
         yield app.state.url
 
@@ -65,7 +65,7 @@ def chat_url(toy) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def slow_scheduler(toy) -> Scheduler:
     """Looks after every token at who has left."""
-    return make_scheduler(toy.model, toy.params, toy.tokenizer, slots=1, chunk=1, max_queue=1)
+    return make_scheduler(toy.model, toy.params, toy.tokenizer, n_slots=1, chunk=1, max_queue=1)
 
 
 @pytest.fixture

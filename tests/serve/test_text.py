@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import TOKENIZER
 
-from nanochat_jax.engine.requests import Token
-from nanochat_jax.serve.text import AnswerReader, TooLong, chat_prompt, prompt_format, stop_ids
+from nanochat_jax.engine.requests import Token, stop_ids
+from nanochat_jax.serve.text import AnswerReader, TooLong, chat_prompt, prompt_format
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -156,5 +156,5 @@ def test_stages_and_what_ends_their_answers():
     assert prompt_format({"stage": "pretrain"}) == "base"
     assert [prompt_format({"stage": s}) for s in ("midtrain", "sft", "rl")] == ["chat"] * 3
     end, bos = TOKENIZER.special_id("<|assistant_end|>"), TOKENIZER.bos_id
-    assert stop_ids(TOKENIZER, "chat") == (end, bos)
-    assert stop_ids(TOKENIZER, "base") == (bos,)
+    assert stop_ids(TOKENIZER, chat=True) == (end, bos)
+    assert stop_ids(TOKENIZER, chat=False) == (bos,)

@@ -330,9 +330,9 @@ def certain_engine(tokenizer: Tokenizer, after: dict[int, int]) -> Engine:
 
     engine = Engine(
         extend, jnp.asarray, empty, vocab_size=V, capacity=200,
-        can_rewind=lambda length, start: False, slots=4,
+        can_rewind=lambda length, start: False, n_slots=4,
     )  # fmt: skip
-    engine.use(table)
+    engine.load_weights(table)
     return engine
 
 
