@@ -1,5 +1,6 @@
 """A report as Markdown, and as one HTML file that needs nothing else: no network, no script."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -16,8 +17,10 @@ from nanochat_jax.report.content import (
     SourceText,
     Table,
 )
+from nanochat_jax.report.plots import Plot
 
 _STYLE = Path(__file__).with_name("page.css")
+_CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write(content: Content, folder: Path, name: str = "report") -> tuple[Path, Path]:
@@ -86,7 +89,7 @@ def to_html(content: Content, now: str) -> str:
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{_CONTENT_POLICY}">
 <title>{title} · report</title>
 <style>
 {_STYLE.read_text(encoding="utf-8")}</style>
@@ -124,12 +127,7 @@ def _html(block: Block) -> str:
             )
             return f'<dl class="cards">{cards}</dl>'
         case Plots():
-            figures = "".join(
-                f"<figure><h3>{escape(p.title)}</h3>{_labelled(p.svg, p.title)}"
-                f"<figcaption>{escape(p.caption)}</figcaption></figure>"
-                for p in block.plots
-            )
-            return f'<div class="plots">{figures}</div>'
+            return '<div class="plots">' + "".join(map(_html_plot, block.plots)) + "</div>"
         case Samples():
             return '<div class="samples">' + "".join(map(_html_sample, block.samples)) + "</div>"
         case SourceText():
@@ -141,8 +139,14 @@ def _html_sample(sample: tuple[str, str, str]) -> str:
     return f'<blockquote><span class="stage">{label}</span><b>{prompt}</b>{text}</blockquote>'
 
 
-def _labelled(svg: str, title: str) -> str:
-    return svg.replace("<svg ", f'<svg aria-label="{escape(title)}" ', 1)
+def _html_plot(plot: Plot) -> str:
+    """An image of its own, so that its style and its ids stay apart from the page's."""
+    data = b64encode(plot.svg.encode()).decode()
+    return (
+        f"<figure><h3>{escape(plot.title)}</h3>"
+        f'<img alt="{escape(plot.title)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+    )
 
 
 def _html_table(table: Table) -> str:
