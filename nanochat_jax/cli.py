@@ -15,12 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
 from nanochat_jax.distributed import PACKAGE, is_main_process, say
@@ -86,27 +84,3 @@ def _lines_of_progress(name: str) -> Callable[[int, int], None]:
             say(f"{name}: {100 * done / total:.0f} %")
 
     return tell
-
-
-# --- A progress bar for downloads, on the terminal ---
-
-
-class Bar:
-    """Shows the bytes of all files while it is entered: `with bar.shown: …`."""
-
-    def __init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.shown = Progress(*columns)
-        self._task = self.shown.add_task("asking the hub", total=None)
-
-    def expect(self, files: int, size: int) -> None:
-        self.shown.update(self._task, total=size, description=f"{files} files")
-
-    def advance(self, size: int) -> None:
-        self.shown.advance(self._task, size)

@@ -5,15 +5,14 @@
     python scripts/download.py --dataset local                     # needs no network
     python scripts/download.py --from ~/texts --name mine          # your own text
 
-Shards from the hub are fetched in parallel, continued where an earlier run was cut off, and
-verified; the pinned validation shard always comes along. HF_ENDPOINT names another hub or a mirror.
+Shards from the hub are downloaded in parallel and verified, and what an earlier run has downloaded
+is kept; the fixed validation shard always comes along. HF_ENDPOINT names another hub or a mirror.
 
 Your own .parquet (column text), .jsonl (key text), .txt and .md files are shuffled, deduplicated
 and cut into training and validation shards; then train with --dataset NAME. A folder that holds
 such shards already is used where it lies, with --dataset PATH.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,7 @@ from typing import Annotated
 import pyarrow.parquet as pq
 import tyro
 
-from nanochat_jax.cli import Bar
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.data.corpus import convert_folder, make_local_dataset
 from nanochat_jax.data.download import download_shards
@@ -46,7 +45,8 @@ class DownloadConfig:
     """Compare the shards that are already there with the hub's checksums."""
 
 
-def main(config: DownloadConfig) -> None:
+def main() -> None:
+    config = parse(DownloadConfig, "download", description=__doc__)
     if config.source is not None:
         if config.name is None:
             raise ValueError("give the new data set a name: --from FOLDER --name NAME")
@@ -56,15 +56,9 @@ def main(config: DownloadConfig) -> None:
     elif config.dataset == LOCAL:
         folder = make_local_dataset()
     elif config.dataset in HUB_DATASETS:
-        bar = Bar()
-        with bar.shown:
-            folder = download_shards(
-                config.dataset,
-                config.shards,
-                workers=config.workers,
-                verify=config.verify,
-                progress=bar,
-            )
+        folder = download_shards(
+            config.dataset, config.shards, workers=config.workers, verify=config.verify
+        )
     else:
         raise ValueError(
             f"there is no data set {config.dataset!r} to get; choose one of "
@@ -84,9 +78,4 @@ def report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(DownloadConfig, "download", description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to continue")
+    run_script(main, "interrupted; run the same command again to continue")

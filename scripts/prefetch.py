@@ -13,7 +13,7 @@ The text of pretraining is fetched by scripts/download.py.
 
 from dataclasses import dataclass
 
-from nanochat_jax.cli import Bar, run_script
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.tasks.registry import source_of
 from nanochat_jax.tasks.sources import (
@@ -21,7 +21,6 @@ from nanochat_jax.tasks.sources import (
     Source,
     check,
     fetch,
-    lacking,
     read_manifest,
     task_data_dir,
 )
@@ -59,10 +58,7 @@ def main() -> None:
     if config.offline:
         report_check(sources)
         return
-    if lacking(sources):
-        bar = Bar()
-        with bar.shown:
-            fetch(sources, workers=config.workers, progress=bar)
+    fetch(sources, workers=config.workers)
     sizes = [path.stat().st_size for source in sources for path in source.files()]
     print(f"{task_data_dir()}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, all there")
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from nanochat_jax.data.download import Progress
 from nanochat_jax.tasks.arithmetic import sample_arithmetic
 from nanochat_jax.tasks.chats import CustomJSON, SmolTalk
 from nanochat_jax.tasks.choice import sample_choice
@@ -132,10 +131,8 @@ def missing(tasks: Iterable[Named]) -> list[str]:
     return [str(source) for source in lacking(one for one in sources if one is not None)]
 
 
-def prepare(
-    tasks: Iterable[Named], *, offline: bool = False, progress: Progress | None = None
-) -> None:
-    """Fetches what `tasks` lack; offline (also by HF_HUB_OFFLINE=1) that is a ValueError."""
+def prepare(tasks: Iterable[Named], *, offline: bool = False) -> None:
+    """Downloads what `tasks` lack; offline (also by HF_HUB_OFFLINE=1) that is a ValueError."""
     tasks = list(tasks)
     lack = missing(tasks)
     if not lack:
@@ -146,4 +143,4 @@ def prepare(
             "network and copy the folder here"
         )
     sources = [source_of(name, split) for name, split in tasks]
-    fetch((one for one in sources if one is not None), progress=progress, wait=True)
+    fetch((one for one in sources if one is not None), wait=True)

@@ -8,25 +8,12 @@ names; single files lie at the top.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
-
-import huggingface_hub
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from nanochat_jax.config import base_dir, write_atomically
-from nanochat_jax.data.download import (
-    RETRIES,
-    TIMEOUT,
-    Download,
-    Progress,
-    Wanted,
-    hub_endpoint,
-    hub_url,
-    sha256_of,
-)
+from nanochat_jax.data.download import Download, HubFile, endpoint, sha256_of
 
 MANIFEST = "manifest.json"
 
@@ -122,16 +109,9 @@ def task_data_dir() -> Path:
     return Path(named).expanduser() if named else base_dir() / "task_data"
 
 
-# --- Fetches the data of tasks into one folder, with a manifest of what is in it ---
+# ---- downloading -----------------------------------------------------------------------------
 
-REVISION = "refs/convert/parquet"
-
-
-class Found(NamedTuple):
-    """A source, and its files as they are to be fetched."""
-
-    source: Source
-    files: list[Wanted]
+REVISION = "refs/convert/parquet"  # the branch in which the hub keeps every data set as Parquet
 
 
 def lacking(sources: Iterable[Source]) -> list[Source]:
@@ -139,69 +119,51 @@ def lacking(sources: Iterable[Source]) -> list[Source]:
     return [source for source in dict.fromkeys(sources) if not source.files()]
 
 
-def fetch(
-    sources: Iterable[Source],
-    *,
-    workers: int = 8,
-    progress: Progress | None = None,
-    wait: bool = False,
-) -> None:
-    """Fetches what is lacking, and writes it into the manifest.
+def fetch(sources: Iterable[Source], *, workers: int = 8, wait: bool = False) -> None:
+    """Downloads what is lacking, and adds it to the manifest.
 
-    Another process that fetches is an error, unless `wait` is set. Raises ValueError, in one
+    Another process that downloads is an error, unless `wait` is set. Raises ValueError, in one
     sentence, when a server cannot be reached, lacks a file or delivers other bytes than announced,
     or when the disk is full.
     """
     download = Download(
         task_data_dir(),
-        is_whole=lambda path: path.stat().st_size > 0,
-        workers=workers,
-        progress=progress,
         without_network=f"or copy {task_data_dir()} from a machine where scripts/prefetch.py ran",
         with_less_space="make room",
+        workers=workers,
     )
-    with download.alone(timeout=-1 if wait else 0):
+    with download.lock(timeout=-1 if wait else 0):
         wanted = lacking(sources)
-        if not wanted:
-            return
-        found = [_look_up(download, wanted[0], retries=0)]  # without a network this fails at once
-        found += download.each(lambda source: _look_up(download, source), wanted[1:])
-        download.fetch([file for one in found for file in one.files])
-        _add_to_manifest([file for one in found for file in one.files])
-        for one in found:
-            if isinstance(one.source, HubSplit):  # from now on the split counts as there
-                names = [Path(file.name).name for file in one.files]
-                _write_json(one.source.folder / MANIFEST, names)
+        splits = {one: _announced(download, one) for one in wanted if isinstance(one, HubSplit)}
+        files = {name: file for split in splits.values() for name, file in split.items()}
+        download.fetch(files)
+        urls = {name: file.url for name, file in files.items()}
+        for one in wanted:
+            if isinstance(one, SingleFile):
+                download.fetch_url(one.url, one.name)
+                urls[one.name] = one.url
+        _add_to_manifest(urls)
+        for split, names in splits.items():  # from now on the split counts as there
+            _write_json(split.folder / MANIFEST, [Path(name).name for name in names])
 
 
-def _look_up(download: Download, source: Source, retries: int = RETRIES) -> Found:
-    if isinstance(source, SingleFile):
-        return Found(source, [Wanted(source.name, source.url, source.url)])
-    path = f"{source.subset}/{source.split}"
-    address = f"{hub_endpoint()}/api/datasets/{source.repo_id}/tree/{quote(REVISION, safe='')}"
-    about = Wanted(path, f"{address}/{quote(path)}", f"the data set {source.repo_id}")
-    listed = download.ask(lambda: _json(about.url), about, retries)
-    names = sorted(one["path"] for one in listed if one["path"].endswith(".parquet"))
-    if not names:
-        raise ValueError(f"{about.server} has no Parquet files for {path} in {about.source}")
-    files = [
-        Wanted(f"{source}/{at:05d}.parquet", hub_url(source.repo_id, name, REVISION), about.source)
-        for at, name in enumerate(names)
-    ]
-    return Found(source, files)
-
-
-def _json(url: str) -> Any:
-    response = huggingface_hub.get_session().get(url, headers=build_hf_headers(), timeout=TIMEOUT)
-    hf_raise_for_status(response)
-    return response.json()
+def _announced(download: Download, split: HubSplit) -> dict[str, HubFile]:
+    """The Parquet files of a split, by their names below the folder of task data."""
+    folder = f"{split.subset}/{split.split}"
+    found = download.list_files(split.repo_id, folder, REVISION)
+    paths = sorted(path for path in found if path.endswith(".parquet"))
+    if not paths:
+        raise ValueError(
+            f"{endpoint()} has no Parquet files for {folder} in the data set {split.repo_id}"
+        )
+    return {f"{split}/{at:05d}.parquet": found[path] for at, path in enumerate(paths)}
 
 
 # ---- the manifest ----------------------------------------------------------------------------
 
 
 def check(sources: Iterable[Source]) -> tuple[list[str], list[str]]:
-    """What is wrong with the data of some sources, and which files of theirs nobody vouches for.
+    """What is wrong with the data of some sources, and which of their files have no checksum.
 
     Every file is read and compared with the manifest; no network is needed.
     """
@@ -223,7 +185,11 @@ def _why_altered(path: Path, entry: dict[str, Any]) -> str | None:
     size = path.stat().st_size
     if size != entry["size"]:
         return f"has {size:,} bytes instead of {entry['size']:,}"
-    return None if sha256_of(path) == entry["sha256"] else "has another content than it had"
+    return (
+        None
+        if sha256_of(path) == entry["sha256"]
+        else "has other content than when it was downloaded"
+    )
 
 
 def read_manifest() -> dict[str, dict[str, Any]]:
@@ -241,12 +207,13 @@ def read_manifest() -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _add_to_manifest(files: Sequence[Wanted]) -> None:
+def _add_to_manifest(urls: Mapping[str, str]) -> None:
+    """Adds files by their names; `urls` says where they came from."""
     manifest = read_manifest()
-    for file in files:
-        path = task_data_dir() / file.name
+    for name, url in urls.items():
+        path = task_data_dir() / name
         size = path.stat().st_size
-        manifest[file.name] = {"size": size, "sha256": sha256_of(path), "url": file.url}
+        manifest[name] = {"size": size, "sha256": sha256_of(path), "url": url}
     _write_json(task_data_dir() / MANIFEST, {"files": dict(sorted(manifest.items()))})
 
 

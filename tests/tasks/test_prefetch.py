@@ -3,20 +3,16 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from task_hub import TaskHub
+from hub_server import Hub, Served
 
-from nanochat_jax.data import download as downloads
 from nanochat_jax.tasks import sources
 from nanochat_jax.tasks.registry import make_task, missing, prepare, source_of
 from nanochat_jax.tasks.sources import check, fetch, lacking, read_manifest
@@ -24,7 +20,8 @@ from nanochat_jax.tasks.sources import check, fetch, lacking, read_manifest
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prefetch.py"
 GSM = ("gsm8k", "train")
 ARC = ("arc-easy", "test")
-FIRST, SECOND = "main/train/0000.parquet", "main/train/0001.parquet"
+FIRST, SECOND = (f"openai/gsm8k/main/train/000{at}.parquet" for at in range(2))
+ARC_FILE = "allenai/ai2_arc/ARC-Easy/test/0000.parquet"
 
 
 def parquet(rows):
@@ -41,22 +38,15 @@ def sums(start, count):
 @pytest.fixture
 def hub(monkeypatch):
     """A hub with GSM8K in two files, and ARC-Easy in one."""
-    served = TaskHub()
+    served = Hub()
     arc = {"question": "?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"}
     served.files = {
-        ("openai/gsm8k", FIRST): parquet(sums(0, 500)),
-        ("openai/gsm8k", SECOND): parquet(sums(500, 500)),
-        ("allenai/ai2_arc", "ARC-Easy/test/0000.parquet"): parquet([arc]),
+        FIRST: Served(parquet(sums(0, 500))),
+        SECOND: Served(parquet(sums(500, 500))),
+        ARC_FILE: Served(parquet([arc])),
     }
-    monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
-    monkeypatch.setattr(downloads, "PAUSE", 0.0)
-    yield served
-    huggingface_hub.close_session()
-    served.close()
-
-
-def gets(hub, name):
-    return [asked for method, path, asked in hub.log if method == "GET" and path.endswith(name)]
+    with served.used(monkeypatch):
+        yield served
 
 
 def test_a_task_fetches_what_it_lacks_once(hub, task_data):
@@ -69,11 +59,11 @@ def test_a_task_fetches_what_it_lacks_once(hub, task_data):
     assert answers == {f"#### {i}" for i in range(1000)}
     folder = task_data / "openai--gsm8k" / "main" / "train"
     assert json.loads((folder / "manifest.json").read_text()) == ["00000.parquet", "00001.parquet"]
-    assert (folder / "00001.parquet").read_bytes() == hub.files["openai/gsm8k", SECOND]
-    assert not list(task_data.rglob("*.part"))
-    hub.log.clear()
+    assert (folder / "00001.parquet").read_bytes() == hub.files[SECOND].content
+    assert not (task_data / ".incoming").exists()
+    before = hub.n_requests
     assert len(make_task(*GSM)) == 1000
-    assert hub.log == []
+    assert hub.n_requests == before
 
 
 def test_the_manifest_vouches_for_every_file(hub, task_data):
@@ -83,11 +73,11 @@ def test_the_manifest_vouches_for_every_file(hub, task_data):
     manifest = read_manifest()
     assert len(manifest) == 3
     name = "openai--gsm8k/main/train/00000.parquet"
-    content = hub.files["openai/gsm8k", FIRST]
+    content = hub.files[FIRST].content
     assert manifest[name]["size"] == len(content)
     assert manifest[name]["url"].startswith(hub.endpoint)
     (task_data / name).write_bytes(content[:-1] + b"!")
-    assert check(wanted)[0] == [f"{name} has another content than it had"]
+    assert check(wanted)[0] == [f"{name} has other content than when it was downloaded"]
     (task_data / name).write_bytes(content[:-1])
     assert "bytes instead of" in check(wanted)[0][0]
     (task_data / name).unlink()
@@ -101,25 +91,28 @@ def test_the_manifest_vouches_for_every_file(hub, task_data):
         check(wanted)
 
 
-def test_a_cut_connection_is_continued_and_wrong_bytes_never_stay(hub, task_data):
-    hub.cut[FIRST] = 1000
-    prepare([GSM])
-    assert gets(hub, FIRST) == [None, "bytes=1000-"]
-    arc = "ARC-Easy/test/0000.parquet"
-    hub.corrupt.add(arc)
+def test_wrong_bytes_never_stay(hub, task_data):
+    hub.files[ARC_FILE].corrupt = 2
     with pytest.raises(ValueError, match=r"twice delivered a allenai--ai2_arc/ARC-Easy/test/0000"):
         prepare([ARC])
-    assert missing([GSM, ARC]) == ["allenai--ai2_arc/ARC-Easy/test"]
+    assert missing([ARC]) == ["allenai--ai2_arc/ARC-Easy/test"]
     assert not list((task_data / "allenai--ai2_arc").rglob("*.parquet"))
 
 
-def test_single_files_come_from_elsewhere(hub, task_data, monkeypatch):
-    words = sources.SingleFile("words_alpha.txt", f"{hub.endpoint}/elsewhere/words_alpha.txt")
-    hub.files["", "words_alpha.txt"] = b"apple\r\nbread\r\n"
+def test_single_files_come_from_elsewhere_and_are_continued(hub, task_data):
+    words = sources.SingleFile("words_alpha.txt", hub.url("elsewhere/words_alpha.txt"))
+    served = hub.files["elsewhere/words_alpha.txt"] = Served(b"apple\r\n" * 1000)
+    served.cut_after = [3000] + [0] * 20
+    with pytest.raises(ValueError, match="cannot reach"):
+        fetch([words])
+    assert lacking([words]) == [words]
+    served.cut_after, hub.gets = [], []
     fetch([words])
-    assert words.path.read_bytes() == b"apple\r\nbread\r\n"
-    assert read_manifest()["words_alpha.txt"]["size"] == 14
-    assert lacking([words]) == []
+    assert [asked for _, asked in hub.gets] == ["bytes=3000-"]
+    assert words.path.read_bytes() == served.content
+    assert read_manifest()["words_alpha.txt"]["size"] == 7000
+    assert sorted(path.name for path in task_data.glob("[!.]*")) == ["manifest.json", words.name]
+    assert not list(task_data.glob("*.part"))
 
 
 def test_without_a_network_it_says_at_once_what_lacks(task_data, monkeypatch):
@@ -147,7 +140,7 @@ def run_script(*args):
 
 
 def test_the_script_fetches_all_of_a_stage_and_checks_a_copy(hub, task_data, tmp_path, monkeypatch):
-    hub.files["openai/gsm8k", "main/test/0000.parquet"] = parquet(sums(0, 10))
+    hub.files["openai/gsm8k/main/test/0000.parquet"] = Served(parquet(sums(0, 10)))
     done = run_script("--stages", "rl")
     assert done.returncode == 0, done.stderr
     assert "3 files" in done.stdout
@@ -178,24 +171,3 @@ def test_mistakes_on_the_command_line(args, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_kill_9_in_the_middle_of_a_file(hub, task_data):
-    hub.stall = threading.Event()
-    command = [sys.executable, str(SCRIPT), "--tasks", "gsm8k:train"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 60
-    half = len(hub.files["openai/gsm8k", FIRST]) // 2
-    while not any(p.stat().st_size >= half for p in task_data.rglob(".00000.parquet.*.part")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert missing([GSM]) == ["openai--gsm8k/main/train"]
-    hub.stall.set()
-    hub.log.clear()
-    done = run_script("--tasks", "gsm8k:train")
-    assert done.returncode == 0, done.stderr
-    assert gets(hub, FIRST) == [f"bytes={half}-"]
-    assert len(make_task(*GSM)) == 1000
