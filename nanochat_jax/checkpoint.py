@@ -11,25 +11,26 @@ parameters and optimizer state apart, so that inference reads the parameters onl
 was being written when the process died has another name and is never seen.
 """
 
+import gc
 import logging
 import math
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from nanochat_jax.attention import attention_kernel
-from nanochat_jax.gpt import GPT, GPTConfig, Params, compute_dtype, parameter_table
+from nanochat_jax.gpt import GPT, GPTConfig, Params, compute_dtype, param_shapes
 from nanochat_jax.runs import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
-from nanochat_jax.sharding import from_logical, logical_shardings
+from nanochat_jax.sharding import from_logical, logical_shardings, with_shardings
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState
 
@@ -133,29 +134,32 @@ class Checkpoints:
         self.close()
 
     def _read(self, step: int, **items: Any) -> Any:
-        try:
+        what = f"checkpoint {self.folder / str(step)} cannot be read"
+        advice = "if it is damaged, delete that folder to go back to the one before"
+        with _readable_errors(what, advice):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and TensorStore raise of every kind
-            raise ValueError(
-                f"checkpoint {self.folder / str(step)} cannot be read ({_reason(error)}); if it is "
-                "damaged, delete that folder to go back to the one before"
-            ) from error
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of every kind, too
-            raise ValueError(
-                f"a checkpoint cannot be written to {self.folder} ({_reason(error)}); those before "
-                "it are whole: when there is room and right to write, go on with --resume"
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return _readable_errors(
+            f"a checkpoint cannot be written to {self.folder}",
+            "those before it are whole: with enough space and permission, continue with --resume",
+        )
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what went wrong; of a full disk only that."""
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return NO_SPACE if NO_SPACE in str(error) else lines[0]
+@contextmanager
+def _readable_errors(what: str, advice: str) -> Iterator[None]:
+    """Turns every error of Orbax and TensorStore into a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        reason = NO_SPACE if NO_SPACE in str(error) else lines[0]
+        with warnings.catch_warnings():
+            # Orbax closes its event loop with coroutines in it that were never awaited; found by
+            # the garbage collector later, they would be a warning in the middle of something else.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            gc.collect()
+        raise ValueError(f"{what} ({reason}); {advice}") from error
 
 
 def _val_bpb(metrics: dict[str, float]) -> float:
@@ -198,7 +202,10 @@ def load_model(
         chosen = choose_step(checkpoints, step)
         meta = checkpoints.meta(chosen)
         config = GPTConfig(**meta["model"])
-        params = checkpoints.restore_params(chosen, _abstract_params(config, mesh))
+        shapes = param_shapes(config)
+        whole = dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
+        placed = whole if mesh is None else logical_shardings(shapes, mesh)
+        params = checkpoints.restore_params(chosen, with_shardings(shapes, placed))
     kind = compute_dtype(dtype)
     kernel = attention_kernel(attention, kind, config.sequence_len, config.head_dim)
     if mesh is not None:
@@ -233,19 +240,6 @@ def choose_step(checkpoints: Checkpoints, step: int | str | None) -> int:
         listed = ", ".join(map(str, steps))
         raise ValueError(f"{checkpoints.folder} has no step {step}; it has {listed}, last and best")
     return chosen
-
-
-def _abstract_params(config: GPTConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, (shape, _) in parameter_table(config).items()
-    }
-    whole = SingleDeviceSharding(jax.local_devices()[0])
-    placed = dict.fromkeys(shapes, whole) if mesh is None else logical_shardings(shapes, mesh)
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
-        for name, leaf in shapes.items()
-    }
 
 
 def model_meta(config: GPTConfig) -> dict[str, Any]:

@@ -142,6 +142,14 @@ def init_params(model: GPT, key: jax.Array) -> Params:
     return dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
+def param_shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """name -> shape and dtype of every parameter."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, (shape, _) in parameter_table(config).items()
+    }
+
+
 def parameter_table(config: GPTConfig) -> dict:
     """name -> (shape, initialiser) of every parameter, for both recipes."""
     L, D, P = config.n_layer, config.n_embd, config.padded_vocab_size

@@ -8,6 +8,7 @@ matrices. Checkpoints hold the logical arrays without that padding: they fit any
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,9 @@ REPLICATED = P()
 
 # The dimension along which a parameter, and its moments, are cut; those not named are replicated.
 SHARD_DIM = {"qo": 0, "kv": 0, "fc": 0, "proj": 0, "wte": 0, "lm_head": 0, "value_embeds": 1}
+
+# Without the check that outputs declared replicated are so: it does not know that all_gather's are.
+shard_map = partial(jax.shard_map, check_vma=False)
 
 
 def make_mesh(n_devices: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -39,12 +43,6 @@ def own_mesh(mesh: Mesh) -> Mesh:
     return mesh if jax.process_count() == 1 else make_mesh(devices=mesh.local_devices)
 
 
-def spec_of(path: tuple, leaf: Any) -> P:
-    """PartitionSpec of a leaf of the state: that of the parameter whose name ends its path."""
-    dim = shard_dim(path, leaf)
-    return REPLICATED if dim is None else P(*[None] * dim, AXIS)
-
-
 def shard_dim(path: tuple, leaf: Any) -> int | None:
     """The dimension a leaf is cut along; None for scalars (step counts) and small parameters."""
     name = parameter_name(path)
@@ -58,13 +56,26 @@ def parameter_name(path: tuple) -> str | None:
 
 
 def specs(tree: Any) -> Any:
-    """The PartitionSpec of every leaf."""
-    return jax.tree_util.tree_map_with_path(spec_of, tree)
+    """The PartitionSpec of every leaf: that of the parameter whose name ends its path."""
+    return jax.tree_util.tree_map_with_path(lambda *leaf: _cut_along(shard_dim(*leaf)), tree)
+
+
+def _cut_along(dim: int | None) -> P:
+    return REPLICATED if dim is None else P(*[None] * dim, AXIS)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+
+
+def with_shardings(shapes: Any, placed: Any) -> Any:
+    """Shapes and dtypes with the shardings of the second tree."""
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        placed,
+    )
 
 
 # --- padding --------------------------------------------------------------------------------------
@@ -74,18 +85,21 @@ def padded_size(size: int, n_devices: int) -> int:
     return -(-size // n_devices) * n_devices
 
 
-def pad_leaf(path: tuple, leaf: jax.Array, n_devices: int) -> jax.Array:
-    """The leaf with zeros appended along its cut dimension until the devices divide it."""
-    dim = shard_dim(path, leaf)
-    if dim is None:
-        return leaf
-    widths = [(0, 0)] * leaf.ndim
-    widths[dim] = (0, padded_size(leaf.shape[dim], n_devices) - leaf.shape[dim])
-    return jnp.pad(leaf, widths) if widths[dim][1] else leaf
+def pad_axis(array: jax.Array, dim: int, n_devices: int) -> jax.Array:
+    """The array with zeros appended along a dimension until the devices divide it."""
+    missing = padded_size(array.shape[dim], n_devices) - array.shape[dim]
+    widths = [(0, missing * (d == dim)) for d in range(array.ndim)]
+    return jnp.pad(array, widths) if missing else array
 
 
 def pad_tree(tree: Any, n_devices: int) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda p, leaf: pad_leaf(p, leaf, n_devices), tree)
+    """Every leaf padded along the dimension it is cut along."""
+
+    def pad(path, leaf):
+        dim = shard_dim(path, leaf)
+        return leaf if dim is None else pad_axis(leaf, dim, n_devices)
+
+    return jax.tree_util.tree_map_with_path(pad, tree)
 
 
 def logical_shardings(logical: Any, mesh: Mesh) -> Any:
@@ -94,12 +108,11 @@ def logical_shardings(logical: Any, mesh: Mesh) -> Any:
 
     def choose(path, leaf):
         dim = shard_dim(path, leaf)
-        if dim is None:
-            return NamedSharding(mesh, REPLICATED)
-        for candidate in (dim, *(d for d in range(leaf.ndim) if d != dim)):
-            if leaf.shape[candidate] % mesh.size == 0:
-                return NamedSharding(mesh, P(*[None] * candidate, AXIS))
-        return NamedSharding(mesh, REPLICATED)
+        if dim is not None:
+            candidates = (dim, *(d for d in range(leaf.ndim) if d != dim))
+            divisible = (d for d in candidates if leaf.shape[d] % mesh.size == 0)
+            dim = next(divisible, None)
+        return NamedSharding(mesh, _cut_along(dim))
 
     return jax.tree_util.tree_map_with_path(choose, logical)
 
@@ -110,16 +123,15 @@ def make_to_logical(logical: Any, mesh: Mesh) -> Callable[[Any], Any]:
     Values without padding are returned as they are. Compiled at the first call only.
     """
 
+    @partial(jax.jit, out_shardings=logical_shardings(logical, mesh))
     def cut(tree):
         return jax.tree.map(
             lambda x, want: jax.lax.slice(x, (0,) * x.ndim, want.shape), tree, logical
         )
 
-    jitted = jax.jit(cut, out_shardings=logical_shardings(logical, mesh))
-
     def to_logical(padded: Any) -> Any:
         same = jax.tree.map(lambda x, want: x.shape == want.shape, padded, logical)
-        return padded if all(jax.tree.leaves(same)) else jitted(padded)
+        return padded if all(jax.tree.leaves(same)) else cut(padded)
 
     return to_logical
 

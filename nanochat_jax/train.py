@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from nanochat_jax.gpt import GPT, Params, init_params, parameter_table
+from nanochat_jax.gpt import GPT, Params, init_params, param_shapes
 from nanochat_jax.sharding import (
     AXIS,
     BATCH_SPEC,
@@ -27,10 +27,12 @@ from nanochat_jax.sharding import (
     from_logical,
     logical_shardings,
     make_to_logical,
+    pad_axis,
     pad_tree,
-    padded_size,
+    shard_map,
     shardings,
     specs,
+    with_shardings,
 )
 
 
@@ -85,7 +87,7 @@ def _state_shapes(model, optimizer, n_devices: int) -> TrainState:
 def abstract_state(model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the training state: what a compiler needs, without arrays."""
     shapes = _state_shapes(model, optimizer, mesh.size)
-    return _with_shardings(shapes, shardings(shapes, mesh))
+    return with_shardings(shapes, shardings(shapes, mesh))
 
 
 def abstract_logical_state(
@@ -93,15 +95,7 @@ def abstract_logical_state(
 ) -> TrainState:
     """The same without padding: what a checkpoint holds."""
     shapes = _state_shapes(model, optimizer, 1)
-    return _with_shardings(shapes, logical_shardings(shapes, mesh))
-
-
-def _with_shardings(shapes: Any, placed: Any) -> Any:
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        placed,
-    )
+    return with_shardings(shapes, logical_shardings(shapes, mesh))
 
 
 def make_state_to_logical(
@@ -109,11 +103,6 @@ def make_state_to_logical(
 ) -> Callable[[TrainState], TrainState]:
     """The function from a state to what is saved of it: the state without padding."""
     return make_to_logical(abstract_logical_state(model, optimizer, mesh), mesh)
-
-
-def state_to_logical(model, optimizer, mesh: Mesh, state: TrainState) -> TrainState:
-    """`make_state_to_logical` for a single state."""
-    return make_state_to_logical(model, optimizer, mesh)(state)
 
 
 def state_from_logical(mesh: Mesh, saved: TrainState) -> TrainState:
@@ -169,13 +158,8 @@ def make_train_step(
     """
     state_specs = specs(abstract_state(model, optimizer, mesh))
     local = partial(_local_train_step, model, optimizer, mesh.size, grad_clip, loss)
-    sharded = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(state_specs, BATCH_SPEC),
-        out_specs=(state_specs, REPLICATED),
-        check_vma=False,
-    )
+    in_specs, out_specs = (state_specs, BATCH_SPEC), (state_specs, REPLICATED)
+    sharded = shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
     return jax.jit(sharded, donate_argnums=0)
 
 
@@ -213,19 +197,18 @@ def _accumulate(loss_of: Callable[[Params, Any], jax.Array], weights: Params, ba
         loss, gradients = grad_of(weights, jax.tree.map(lambda x: x[0], batch))
         return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
 
-    def add(total, micro):
-        return jax.tree.map(
-            lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, micro)
-        ), None
+    def add(total, weights, micro):
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, micro))
 
-    zero = (
-        jnp.zeros((), jnp.float32),
-        jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
+    zero_gradients = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    total, _ = jax.lax.scan(
+        lambda total, micro: (add(total, weights, micro), None),
+        (jnp.zeros((), jnp.float32), zero_gradients),
+        jax.tree.map(lambda x: x[:-1], batch),
     )
-    total, _ = jax.lax.scan(add, zero, jax.tree.map(lambda x: x[:-1], batch))
     last = jax.tree.map(lambda x: x[-1], batch)
     total, weights, last = jax.lax.optimization_barrier((total, weights, last))
-    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad_of(weights, last))
+    return add(total, weights, last)
 
 
 def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Params, Batch, jax.Array], Metrics]:
@@ -235,16 +218,8 @@ def make_eval_step(model: GPT, mesh: Mesh) -> Callable[[Params, Batch, jax.Array
     of bits per byte; "loss_sum" and "tokens" are sums over all supervised targets.
     """
     local = partial(_local_eval_step, model)
-    param_specs = specs(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
-    return jax.jit(
-        jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(param_specs, BATCH_SPEC, REPLICATED),
-            out_specs=REPLICATED,
-            check_vma=False,
-        )
-    )
+    in_specs = (specs(param_shapes(model.config)), BATCH_SPEC, REPLICATED)
+    return jax.jit(shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED))
 
 
 def _local_eval_step(model, params, batch: Batch, token_bytes_V):
@@ -273,14 +248,14 @@ def gather_weights(model: GPT, params: Params) -> Params:
 
     The few replicated ones (scalars, gates) stay in float32.
     """
-    logical = _shapes(model)
+    logical = param_shapes(model.config)
 
     def gather(name, leaf):
         if name not in SHARD_DIM:
             return leaf
         dim = SHARD_DIM[name]
         whole = jax.lax.all_gather(leaf.astype(model.dtype), AXIS, axis=dim, tiled=True)
-        return jax.lax.slice_in_dim(whole, 0, logical[name][dim], axis=dim)
+        return jax.lax.slice_in_dim(whole, 0, logical[name].shape[dim], axis=dim)
 
     with jax.named_scope("gather_weights"):
         return {name: gather(name, leaf) for name, leaf in params.items()}
@@ -291,16 +266,8 @@ def make_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
 
     They lie on every device: what generation needs in the middle of a run.
     """
-    param_specs = specs(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
-    return jax.jit(
-        jax.shard_map(
-            partial(gather_weights, model),
-            mesh=mesh,
-            in_specs=(param_specs,),
-            out_specs=REPLICATED,
-            check_vma=False,
-        )
-    )
+    local, in_specs = partial(gather_weights, model), (specs(param_shapes(model.config)),)
+    return jax.jit(shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED))
 
 
 def make_own_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
@@ -321,11 +288,8 @@ def scatter_gradients(model: GPT, n_devices: int, gradients: Params) -> Params:
         if name not in SHARD_DIM:
             return jax.lax.psum(leaf, AXIS)
         dim = SHARD_DIM[name]
-        missing = padded_size(leaf.shape[dim], n_devices) - leaf.shape[dim]
-        leaf = leaf.astype(model.dtype)
-        if missing:
-            leaf = jnp.pad(leaf, [(0, missing * (d == dim)) for d in range(leaf.ndim)])
-        summed = jax.lax.psum_scatter(leaf, AXIS, scatter_dimension=dim, tiled=True)
+        padded = pad_axis(leaf.astype(model.dtype), dim, n_devices)
+        summed = jax.lax.psum_scatter(padded, AXIS, scatter_dimension=dim, tiled=True)
         return summed.astype(jnp.float32)
 
     return {name: scatter(name, leaf) for name, leaf in gradients.items()}
@@ -335,11 +299,6 @@ def _global_norm(gradients: Params) -> jax.Array:
     """Euclidean norm over all parameters, whole on every device."""
     squares = {name: jnp.sum(jnp.square(g)) for name, g in gradients.items()}
     local = sum(square for name, square in squares.items() if name in SHARD_DIM)
-    return jnp.sqrt(
-        jax.lax.psum(local, AXIS)
-        + sum(square for name, square in squares.items() if name not in SHARD_DIM)
-    )
-
-
-def _shapes(model: GPT) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (shape, _) in parameter_table(model.config).items()}
+    sharded = jax.lax.psum(local, AXIS)
+    replicated = sum(square for name, square in squares.items() if name not in SHARD_DIM)
+    return jnp.sqrt(sharded + replicated)

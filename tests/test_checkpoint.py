@@ -22,10 +22,10 @@ from nanochat_jax.train import (
     TrainState,
     abstract_logical_state,
     init_state,
+    make_state_to_logical,
     make_train_step,
     put_batch,
     state_from_logical,
-    state_to_logical,
 )
 
 # 3 layers: no number of devices but 1 divides the stacks, so padding is always there.
@@ -56,7 +56,7 @@ class Run:
         return state, losses
 
     def logical(self, state):
-        return state_to_logical(MODEL, OPTIMIZER, self.mesh, state)
+        return make_state_to_logical(MODEL, OPTIMIZER, self.mesh)(state)
 
     def restore(self, checkpoints, step):
         return state_from_logical(self.mesh, checkpoints.restore(step, self.abstract))

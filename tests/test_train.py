@@ -14,10 +14,10 @@ from nanochat_jax.train import (
     abstract_state,
     init_state,
     make_eval_step,
+    make_state_to_logical,
     make_train_step,
     put_batch,
     state_from_logical,
-    state_to_logical,
 )
 
 CONFIG = {"sequence_len": 32, "vocab_size": 96, "n_layer": 3}
@@ -36,7 +36,7 @@ def build(recipe, n_devices):
 def initial_state(model, optimizer, mesh):
     """Nothing zero: at the recipe's own start the 2026 scalars have gradients of pure round-off,
     which AdamW turns into steps of full size, and no two summation orders agree on them."""
-    fresh = state_to_logical(model, optimizer, mesh, init_state(model, optimizer, mesh, KEY))
+    fresh = make_state_to_logical(model, optimizer, mesh)(init_state(model, optimizer, mesh, KEY))
     noise = {name: 0.1 * jax.random.normal(KEY, leaf.shape) for name, leaf in fresh.params.items()}
     params = {name: np.asarray(leaf) + noise[name] for name, leaf in fresh.params.items()}
     return state_from_logical(mesh, fresh.replace(params=params))
@@ -51,7 +51,7 @@ def run(recipe, n_devices, accumulation, rows=ROWS, grad_clip=0.0):
     for step_rows in rows:
         state, step_metrics = step(state, put_batch(step_rows, accumulation, mesh))
         metrics.append({name: float(value) for name, value in step_metrics.items()})
-    return metrics, state_to_logical(model, optimizer, mesh, state)
+    return metrics, make_state_to_logical(model, optimizer, mesh)(state)
 
 
 def test_the_loss_of_many_equal_tokens_has_no_drift():

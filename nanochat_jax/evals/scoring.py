@@ -46,7 +46,7 @@ from nanochat_jax.gpt import (
     transform,
     unstack_layers,
 )
-from nanochat_jax.sharding import AXIS, REPLICATED
+from nanochat_jax.sharding import AXIS, REPLICATED, shard_map
 from nanochat_jax.train import make_gather
 
 MAX_IN_FLIGHT = 3  # batches queued on the devices
@@ -154,15 +154,9 @@ class Scorer:
         self._context_len = sum(model.config.window_sizes) + 1
         self._rows = NamedSharding(mesh, P(AXIS))
         self._weights = make_gather(model, mesh)(params)
-        self._program: Any = jax.jit(
-            jax.shard_map(
-                partial(_score_rows, model),
-                mesh=mesh,
-                in_specs=(REPLICATED, P(AXIS)),
-                out_specs=REPLICATED,
-                check_vma=False,
-            )
-        )
+        local, in_specs = partial(_score_rows, model), (REPLICATED, P(AXIS))
+        sharded = shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED)
+        self._program: Any = jax.jit(sharded)
 
     def score(
         self,
