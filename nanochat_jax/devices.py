@@ -1,9 +1,11 @@
 """What accelerators can do: peak arithmetic, memory bandwidth and memory of common devices.
 
-Dense rates, without structured sparsity, of one device as `jax.devices()` lists them. NVIDIA: the
-data sheet of each product, half of the figure where a sheet prints only "with sparsity"; GeForce
-cards: the architecture white papers, bfloat16 with float32 accumulation. AMD: Instinct data sheets.
-TPU: cloud.google.com/tpu/docs (system architecture) and jax/_src/tpu_info.py.
+DEVICES is for every machine (MFU, estimates); GPUS has the two that the planner compiles for, in
+full. Dense rates, without structured sparsity, of one device as `jax.devices()` lists them.
+NVIDIA: the data sheet of each product, half of the figure where a sheet prints only "with
+sparsity"; GeForce cards, and the SMs, clocks and L2 of Hopper: the architecture white papers,
+bfloat16 with float32 accumulation. AMD: Instinct data sheets. TPU: cloud.google.com/tpu/docs
+(system architecture) and jax/_src/tpu_info.py.
 """
 
 import re
@@ -26,7 +28,7 @@ class Device:
     memory: float
 
 
-DEVICES: tuple[Device, ...] = (  # the first match counts, so the special stand before the general
+DEVICES: tuple[Device, ...] = (  # the first match counts: special names before general ones
     # NVIDIA Blackwell
     Device(r"GB300", 2500, 5000, 8.0, 279),
     Device(r"B300", 2250, 4500, 8.0, 270),
@@ -78,6 +80,29 @@ DEVICES: tuple[Device, ...] = (  # the first match counts, so the special stand 
     Device(r"TPU v3", 61.5, 0, 0.45, 16),
     Device(r"TPU v2", 22.5, 0, 0.35, 8),
 )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that programs are compiled for: dense FLOP/s, bytes/s, bytes. Defaults: Hopper, SXM."""
+
+    name: str
+    memory: int  # as the driver reports it, ECC taken off
+    bandwidth: float
+    memory_clock_ghz: float
+    bf16_flops: float = 989.4e12
+    fp8_flops: float = 1978.9e12
+    tf32_flops: float = 494.7e12
+    link_bandwidth: float = 450e9  # NVLink 4: 18 links of 25 GB/s in each direction
+    sms: int = 132
+    clock_ghz: float = 1.98  # maximum boost of the SMs
+    l2_cache: int = 50 * 2**20
+
+
+GPUS = {  # by the names that --target takes
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 81008 * 2**20, 3352.32e9, 2.619),
+    "h200": Gpu("NVIDIA H200 141GB HBM3e", 144384 * 2**20, 4800e9, 3.75),
+}
 
 
 def find_device(device_kind: str) -> Device | None:

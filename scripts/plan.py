@@ -10,14 +10,15 @@ the step of pretrain.py is compiled for GPUs that need not be there, and the pro
 peak memory, kernels, collectives, and by a roofline its time, within about 10 %. Without one, from
 FLOPs and array sizes alone.
 
-The last line is one JSON object. In it attention_calls, bf16_gemms and fp8_gemms are of one
-micro-batch; kernels, optimizer_gemms and collectives are of a whole step, as the compiler combined
-them; ms is the step by what takes it, "exposed" being what no work hides of the collectives. With
---engine-slots the keys engine_*, decode_* and prefill_* follow: of one GPU, of one token for every
-row, of one chunk of a prompt.
+The last line is one JSON object. In it attention_calls, bf16_gemms and fp8_gemms count one
+micro-batch; kernels, optimizer_gemms and collectives a whole step, as the compiler combined them;
+ms divides the step by kind of work, "exposed" being the wait for collectives. With --engine-slots
+the keys engine_*, decode_* and prefill_* follow: of one GPU, of one token for every row, of one
+chunk of a prompt.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,33 +26,26 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_jax import config as configuration
 from nanochat_jax.cli import run_script
-from nanochat_jax.devices import find_device
+from nanochat_jax.config import parse
+from nanochat_jax.devices import GPUS, find_device
 from nanochat_jax.planner import estimate
-from nanochat_jax.planner.gpus import GIB, GPUS, GPUS_PER_NODE, described
+from nanochat_jax.planner.gpus import GIB, GPUS_PER_NODE, described
 from nanochat_jax.planner.program import CompiledStep, compile_engine, compile_step, search_largest
 from nanochat_jax.scaling import Plan
-from nanochat_jax.stages import settings
 from nanochat_jax.stages.pretraining import decide
+from nanochat_jax.stages.settings import PretrainConfig
 
-# What only a compiled program tells: null in the JSON of a plan by arithmetic.
+# Known only from a compiled program: null in the JSON of a plan by arithmetic.
 PROGRAM_KEYS = (
-    "compile_s",
-    "lower_s",
-    "kernels",
-    "attention_calls",
-    "fp8_gemms",
-    "bf16_gemms",
-    "reduce_scatters",
-    "all_gathers",
-    "all_reduces",
+    *("compile_s", "lower_s", "kernels", "attention_calls", "fp8_gemms", "bf16_gemms"),
+    *("reduce_scatters", "all_gathers", "all_reduces"),
 )
 
 
 @dataclass(frozen=True)
-class PretrainConfig(settings.PretrainConfig):
-    """The settings of a run (it has the name of pretrain.py's, so a preset's table applies)."""
+class PlanConfig(PretrainConfig):
+    """The settings of pretrain.py, and the machine to plan for."""
 
     target: str = "auto"
     """h100 or h200; with --no-compile any GPU by name, or cpu; auto: this machine."""
@@ -64,15 +58,15 @@ class PretrainConfig(settings.PretrainConfig):
     max_batch_search: bool = False
     """Check the largest batch by compiling it too (up to three more compiles)."""
     engine_slots: int = 0
-    """Also compile the engine that generates, with so many rows on one GPU; 0: not."""
+    """Also compile the inference engine, with this many rows on one GPU; 0: do not."""
     usd_per_gpu_hour: float = 3.0
     """Price of one GPU."""
 
 
 def main() -> None:
-    # The compiler alone is wanted: without this JAX would look for the GPU, and fail without one.
+    # Only the compiler is wanted: without this JAX would look for a GPU, and fail without one.
     jax.config.update("jax_platforms", "cpu")
-    config = configuration.parse(PretrainConfig, "pretrain", description=__doc__)
+    config = parse(PlanConfig, "pretrain", description=__doc__)
     target, devices = choose_machine(config)
     if config.target == "auto" and target != "cpu" and find_device(target) is None:
         print(f"No data sheet of {target!r} in nanochat_jax/devices.py: no plan for this machine.")
@@ -84,13 +78,13 @@ def main() -> None:
     else:
         cost, program = estimate.estimate(plan, target), {}
     if program and config.engine_slots:
-        program |= compile_engine(plan.config, target, config.engine_slots).summary()
+        program |= compile_engine(plan.config, target, config.engine_slots)
     summary = summarise(config, plan, cost, target) | program
     show(plan, summary, cost)
     print(json.dumps(summary))
 
 
-def choose_machine(config: PretrainConfig) -> tuple[str, int]:
+def choose_machine(config: PlanConfig) -> tuple[str, int]:
     """(target, number of devices) to plan for; a GPU that can be compiled for by its short name."""
     if config.target == "auto":
         found, number = estimate.this_machine()
@@ -100,7 +94,7 @@ def choose_machine(config: PretrainConfig) -> tuple[str, int]:
 
 
 def summarise(
-    config: PretrainConfig, plan: Plan, cost: estimate.StepCost, target: str
+    config: PlanConfig, plan: Plan, cost: estimate.StepCost, target: str
 ) -> dict[str, Any]:
     """What every plan says, compiled or not."""
     checkpoint = estimate.state_bytes(plan)
@@ -124,7 +118,7 @@ def summarise(
         "mfu": estimate.mfu(plan, cost, target),
         "steps": plan.num_iterations,
         "hours": round(hours, 3),
-        "usd": round(estimate.usd(hours, plan.n_devices, price), 2),
+        "usd": round(hours * plan.n_devices * price, 2),
         "shards": shards,
         "disk_gb": round(estimate.disk_bytes(shards, checkpoint, config.keep_last) / 1e9, 2),
         "compiled": False,
@@ -132,7 +126,7 @@ def summarise(
     }
 
 
-def read_program(config: PretrainConfig, compiled: CompiledStep) -> dict[str, Any]:
+def read_program(config: PlanConfig, compiled: CompiledStep) -> dict[str, Any]:
     """What only the compiled program tells."""
     found: dict[str, Any] = {"compiled": True, "max_device_batch_compiled": False}
     if config.max_batch_search:
@@ -145,13 +139,13 @@ def read_program(config: PretrainConfig, compiled: CompiledStep) -> dict[str, An
 
 
 def show(plan: Plan, summary: dict[str, Any], cost: estimate.StepCost) -> None:
-    console = Console()
     table = Table(title=f"Plan: depth {plan.depth}, {plan.recipe} recipe, {cost.how}")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_column("meaning")
-    for what, value, meaning in rows(plan, summary):
-        table.add_row(what, value, meaning)
+    for row in rows(plan, summary):
+        table.add_row(*row)
+    console = Console()
     console.print(table)
     if not cost.fits:
         console.print(
@@ -160,60 +154,42 @@ def show(plan: Plan, summary: dict[str, Any], cost: estimate.StepCost) -> None:
         )
 
 
-def rows(plan: Plan, s: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, value, meaning) of the table."""
+def rows(plan: Plan, s: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(what, value, meaning) of the table, from the summary `s`."""
+    per_token = f"{plan.flops_per_token:.3e} FLOPs a token"
+    steps = f"{s['steps']:,} steps of {plan.total_batch_size:,}"
     batch = f"{s['gpus']} × {plan.grad_accum_steps} micro-batches of {s['device_batch_size']} rows"
     whose = "as compiled" if s.get("max_device_batch_compiled") else "estimated"
-    shown = [
-        ("parameters", f"{plan.params.total:,}", f"{plan.flops_per_token:.3e} FLOPs a token"),
-        ("tokens", f"{plan.total_tokens:,}", f"{s['steps']:,} steps of {plan.total_batch_size:,}"),
-        (
-            "peak memory",
-            f"{s['peak_gib']} GiB",
-            f"of {s['capacity_gib']} GiB that it may take; {batch}",
-        ),
-        ("largest device batch", str(s["max_device_batch"]), f"rows that fit, {whose}"),
-        ("micro-batch", f"{s['ms_per_microbatch']:,} ms", "forward and backward"),
-        ("step", f"{s['ms_per_step']:,} ms", f"{s['tokens_per_s']:,} tokens a second"),
-        ("time", duration(s["hours"]), "training alone, without validation and samples"),
-        ("price", f"{s['usd']:,.2f} USD", "of these devices for that time"),
-        ("text", f"{s['shards']} shards", "of the published data set, validation included"),
-        ("disk", f"{s['disk_gb']} GB", "text and checkpoints"),
-    ]
+    hours = s["hours"]
+    duration = f"{hours:.2f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    yield "parameters", f"{plan.params.total:,}", per_token
+    yield "tokens", f"{plan.total_tokens:,}", steps
+    usable = f"of {s['capacity_gib']} GiB that it may take; {batch}"
+    yield "peak memory", f"{s['peak_gib']} GiB", usable
+    yield "largest device batch", str(s["max_device_batch"]), f"rows that fit, {whose}"
+    yield "micro-batch", f"{s['ms_per_microbatch']:,} ms", "forward and backward"
+    yield "step", f"{s['ms_per_step']:,} ms", f"{s['tokens_per_s']:,} tokens a second"
+    yield "time", duration, "training alone, without validation and samples"
+    yield "price", f"{s['usd']:,.2f} USD", "of these devices for that time"
+    yield "text", f"{s['shards']} shards", "of the published data set, validation included"
+    yield "disk", f"{s['disk_gb']} GB", "text and checkpoints"
     if s["compiled"]:
-        shown += program_rows(s)
+        gemms = f"{s['bf16_gemms']} bf16, {s['fp8_gemms']} fp8"
+        gathers = f"{s['all_gathers']} gathers, {s['all_reduces']} all-reduces"
+        milliseconds = ", ".join(f"{name} {ms:.0f}" for name, ms in s["ms"].items())
+        yield "kernels", f"{s['kernels']:,}", "launched in a step"
+        yield "attention calls", str(s["attention_calls"]), "cuDNN, in a micro-batch"
+        yield "matrix products", gemms, "cuBLAS, in a micro-batch"
+        yield "collectives", f"{s['reduce_scatters']} reduce-scatters", gathers
+        yield "compile", f"{s['compile_s']} s", f"and {s['lower_s']} s to trace"
+        yield "a step's ms", "", milliseconds
     if "engine_slots" in s:
-        shown += engine_rows(s)
-    return shown
-
-
-def program_rows(s: dict[str, Any]) -> list[tuple[str, str, str]]:
-    gemms = f"{s['bf16_gemms']} bf16, {s['fp8_gemms']} fp8"
-    gathers = f"{s['all_gathers']} gathers, {s['all_reduces']} all-reduces"
-    where = ", ".join(f"{name} {ms:.0f}" for name, ms in s["ms"].items())
-    return [
-        ("kernels", f"{s['kernels']:,}", "launched in a step"),
-        ("attention calls", str(s["attention_calls"]), "cuDNN, in a micro-batch"),
-        ("matrix products", gemms, "cuBLAS, in a micro-batch"),
-        ("collectives", f"{s['reduce_scatters']} reduce-scatters", gathers),
-        ("compile", f"{s['compile_s']} s", f"and {s['lower_s']} s to trace"),
-        ("a step's ms", "", where),
-    ]
-
-
-def engine_rows(s: dict[str, Any]) -> list[tuple[str, str, str]]:
-    token = f"{s['decode_kernels']} kernels, {s['decode_gb_per_token']} GB"
-    chunk = f"a chunk of {s['prefill_tokens']} tokens, {s['prefill_kernels']} kernels"
-    return [
-        ("engine memory", f"{s['engine_peak_gib']} GiB", f"{s['engine_slots']} rows on one GPU"),
-        ("decode", f"{s['decode_ms_per_token']} ms", f"a token for every row: {token}"),
-        ("", f"{s['decode_tokens_per_s']:,} tokens/s", "of all rows"),
-        ("prompt", f"{s['prefill_ms']} ms", chunk),
-    ]
-
-
-def duration(hours: float) -> str:
-    return f"{hours:.2f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+        token = f"{s['decode_kernels']} kernels, {s['decode_gb_per_token']} GB"
+        chunk = f"a chunk of {s['prefill_tokens']} tokens, {s['prefill_kernels']} kernels"
+        yield "engine memory", f"{s['engine_peak_gib']} GiB", f"{s['engine_slots']} rows on one GPU"
+        yield "decode", f"{s['decode_ms_per_token']} ms", f"a token for every row: {token}"
+        yield "", f"{s['decode_tokens_per_s']:,} tokens/s", "of all rows"
+        yield "prompt", f"{s['prefill_ms']} ms", chunk
 
 
 if __name__ == "__main__":

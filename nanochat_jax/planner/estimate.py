@@ -1,10 +1,4 @@
-"""What a pretraining run will cost before it starts: memory, time, money, text, disk.
-
-Two ways. `estimate` is arithmetic alone and works for every machine. `compile_step` compiles the
-very step of pretrain.py for GPUs that need not be there (gpus.py) and reads the program: its
-peak memory, its kernels (hlo.py) and how long they should take (roofline.py). scripts/plan.py
-prints both.
-"""
+"""What a pretraining run will cost on any machine, by arithmetic: memory, time, text, disk."""
 
 import math
 import os
@@ -30,9 +24,7 @@ from nanochat_jax.scaling import RECIPES, Plan
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
-from nanochat_jax.train import (
-    abstract_logical_state,
-)
+from nanochat_jax.train import abstract_logical_state
 
 # The published data sets, with the tokenizer that is trained on them.
 CHARS_PER_TOKEN = 4.8
@@ -46,12 +38,12 @@ KEPT_ACTIVATIONS_D = 15  # arrays (tokens, D) that a layer keeps for its backwar
 KEPT_ACTIVATIONS_KV = 3  # … (tokens, K·H): see `activation_bytes`
 
 
-# --- text, disk, money ----------------------------------------------------------------------------
+# --- text, disk, MFU -----------------------------------------------------------------------------
 
 
 def shards_needed(tokens: int, dataset: str) -> int:
     """Shards of a published data set that hold `tokens` tokens after packing, and the validation
-    shard; no more than there are, and 0 for text of your own."""
+    shard; no more than there are, and 0 for other text."""
     if dataset not in HUB_DATASETS:
         return 0
     characters = tokens * CHARS_PER_TOKEN / (1 - CROPPED_SHARE)
@@ -70,10 +62,6 @@ def state_bytes(plan: Plan) -> int:
 def disk_bytes(shards: int, checkpoint: int, keep_last: int) -> float:
     """Text, the checkpoints kept, the best one, and the one being written."""
     return shards * SHARD_BYTES + checkpoint * (keep_last + 2)
-
-
-def usd(hours: float, devices: int, usd_per_hour: float) -> float:
-    return hours * devices * usd_per_hour
 
 
 def mfu(plan: Plan, cost: "StepCost", target: str) -> float | None:
@@ -169,9 +157,7 @@ def row_choices(plan: Plan) -> list[int]:
 def usable_share() -> float:
     """The share of a GPU's memory that our scripts take at start (distributed.py)."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
-    return float(
-        next((os.environ[name] for name in names if os.environ.get(name)), GPU_MEMORY_SHARE)
-    )
+    return float(next(filter(None, map(os.environ.get, names)), GPU_MEMORY_SHARE))
 
 
 def measured_cpu_flops(size: int = 512, seconds: float = 0.5) -> float:

@@ -1,21 +1,20 @@
-"""GPUs that are not here: their data sheets, and a mesh of them to compile for.
+"""A mesh of GPUs that are not here, to compile for.
 
-XLA compiles for a GPU that it is only told about: the CUDA wheels hold the whole compiler, and a
+XLA compiles for a GPU that is only described to it: the CUDA wheels hold the whole compiler, and a
 target description (a text protobuf, stream_executor/device_description.proto) stands in for the
-device. It is made here from the NVIDIA H100 and H200 data sheets (memory, bandwidth, FLOP/s,
-NVLink), the H100 architecture white paper (SMs, clocks, L2) and the CUDA programming guide's
-table of compute capability 9.0 (threads, registers, shared memory).
+device. It is made here from the data sheet (devices.py) and the CUDA programming guide's table of
+compute capability 9.0 (threads, registers, shared memory).
 """
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from nanochat_jax.devices import GPUS, Gpu
 from nanochat_jax.sharding import make_mesh
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+KIB, GIB = 2**10, 2**30
 GPUS_PER_NODE = 8
 
 # Without a device nothing can be timed, so nothing is tuned: plain cuBLASLt products, default
@@ -23,29 +22,6 @@ GPUS_PER_NODE = 8
 COMPILER_OPTIONS: dict[str, bool | int | str] = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_experimental_enable_fusion_autotuner": False,
-}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What one device can do: dense FLOP/s, bytes/s, bytes. Defaults are Hopper's, SXM form."""
-
-    name: str
-    memory: int  # as the driver reports it, ECC taken off
-    bandwidth: float
-    memory_clock_ghz: float
-    bf16_flops: float = 989.4e12
-    fp8_flops: float = 1978.9e12
-    tf32_flops: float = 494.7e12
-    link_bandwidth: float = 450e9  # NVLink 4: 18 links of 25 GB/s in each direction
-    sms: int = 132
-    clock_ghz: float = 1.98  # maximum boost of the SMs
-    l2_cache: int = 50 * MIB
-
-
-GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 81008 * MIB, 3352.32e9, 2.619),
-    "h200": Gpu("NVIDIA H200 141GB HBM3e", 144384 * MIB, 4800e9, 3.75),
 }
 
 
@@ -93,7 +69,11 @@ def deviceless_mesh(target: str, n_devices: int) -> Mesh:
     ValueError for an unknown target, and, naming what to install, when the compiler is absent.
     """
     gpu = find_gpu(target)
-    require_compiler()
+    if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise ValueError(
+            "compiling for a GPU needs the CUDA wheels (4.5 GB, no GPU): install the extra cuda13, "
+            "pip install '.[cuda13]'; or plan by arithmetic alone with --no-compile"
+        )
     nodes = -(-n_devices // GPUS_PER_NODE)
     description = topologies.get_topology_desc(
         platform="cuda",
@@ -112,12 +92,3 @@ def find_gpu(target: str) -> Gpu:
     if target not in GPUS:
         raise ValueError(f"no description of the GPU {target!r}; there are {', '.join(GPUS)}")
     return GPUS[target]
-
-
-def require_compiler() -> None:
-    """ValueError unless the CUDA wheels are installed: they hold XLA's compiler for GPUs."""
-    if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise ValueError(
-            "compiling for a GPU needs the CUDA wheels (4.5 GB, no GPU): install the extra cuda13, "
-            "pip install '.[cuda13]'; or plan by arithmetic alone with --no-compile"
-        )

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,12 +42,12 @@ class Instruction:
     def called(self, key: str) -> str | None:
         """The computation that an attribute such as calls= or body= names."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
-        return found.group(1) if found else None
+        return found[1] if found else None
 
     def text(self, key: str) -> str:
         """A quoted attribute such as custom_call_target= or op_name=; empty when absent."""
         found = re.search(rf'\b{key}="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        return found[1] if found else ""
 
     @property
     def backend_config(self) -> dict[str, Any]:
@@ -150,9 +150,9 @@ def parse(text: str) -> Module:
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
         if header:
-            current = Computation(header.group(2), {})
+            current = Computation(header[2], {})
             computations[current.name] = current
-            entry = current.name if header.group(1) else entry
+            entry = current.name if header[1] else entry
         elif line.startswith("}"):
             current = None
         elif current is not None and (instruction := _instruction(line)):
@@ -172,9 +172,7 @@ def _instruction(line: str) -> Instruction | None:
     start = end + rest[end:].index("(")
     stop = _closing(rest, start)
     argument, attributes = rest[start + 1 : stop], rest[stop + 1 :]
-    return Instruction(
-        found.group(2), opcode, rest[:end], argument, attributes, bool(found.group(1))
-    )
+    return Instruction(found[2], opcode, rest[:end], argument, attributes, bool(found[1]))
 
 
 def _closing(text: str, start: int) -> int:
@@ -216,8 +214,8 @@ def _schedule(module: Module, computation: Computation) -> Iterator[Kernel | Loo
         if opcode in _FREE:
             continue
         if opcode == "while":
-            body = instruction.called("body") or ""
-            yield Loop(body, _trip_count(instruction))
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+            yield Loop(instruction.called("body") or "", int(trips[1]) if trips else 1)
         elif opcode == "call":
             yield Loop(instruction.called("to_apply") or "", 1)
         elif opcode == "conditional":
@@ -228,26 +226,21 @@ def _schedule(module: Module, computation: Computation) -> Iterator[Kernel | Loo
             yield _kernel(module, computation, instruction)
 
 
-def _trip_count(loop: Instruction) -> int:
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
-    return int(found.group(1)) if found else 1
-
-
 def _branches(conditional: Instruction) -> list[str]:
     found = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
-    names = found.group(1) if found else conditional.called("true_computation") or ""
+    names = found[1] if found else conditional.called("true_computation") or ""
     return re.findall(r"[\w.\-]+", names)
 
 
 def _kernel(module: Module, computation: Computation, instruction: Instruction) -> Kernel:
     is_async = instruction.opcode.endswith("-start")
     inner = module.computations.get(instruction.called("calls") or "")
-    found = _communication(module, computation, instruction, inner)
+    found = _communication(computation, instruction, inner)
     if found is None:
         kind, flops = _work(computation, instruction, inner)
         moved = _bytes_moved(computation, instruction, inner)
         found = Kernel(instruction.name, kind, moved, flops, _op_name(instruction, inner))
-    return Kernel(**(vars(found) | {"is_async": is_async}))
+    return replace(found, is_async=is_async)
 
 
 def _op_name(instruction: Instruction, inner: Computation | None) -> str:
@@ -258,7 +251,7 @@ def _op_name(instruction: Instruction, inner: Computation | None) -> str:
     return names[0] if "/" in names[0] else max(names, key=len)
 
 
-def _communication(module, computation, instruction, inner) -> Kernel | None:
+def _communication(computation, instruction, inner) -> Kernel | None:
     """The kernel of a collective, also of one that XLA wrapped into a fusion or an async call."""
     for where, candidate in _members(computation, instruction, inner):
         name = candidate.opcode.removesuffix("-start")
@@ -286,12 +279,12 @@ def _group_size(collective: Instruction) -> int:
     """Devices per group, from the three ways in which XLA prints replica_groups."""
     text = collective.attributes
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", found.group(1)))
-        return math.prod(int(sizes.get(a, 1)) for a in re.findall(r"[\w.]+", found.group(2)))
+        sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", found[1]))
+        return math.prod(int(sizes.get(a, 1)) for a in re.findall(r"[\w.]+", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(found.group(2))
+        return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(found.group(1).split(","))
+        return len(found[1].split(","))
     return 1
 
 
@@ -319,7 +312,7 @@ def gemm_flops(computation: Computation, gemm: Instruction) -> float:
     dims = config.get("dot_dimension_numbers", {}).get("lhs_contracting_dimensions")
     if dims is None:
         found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", gemm.attributes)
-        dims = [d for d in found.group(1).split(",") if d] if found else []
+        dims = [d for d in found[1].split(",") if d] if found else []
     lhs = arrays(computation.instructions[gemm.operands[0]].shape)[0][1]
     result = arrays(gemm.shape)[0][1]
     return 2.0 * math.prod(result) * math.prod(lhs[int(d)] for d in dims)

@@ -1,4 +1,4 @@
-"""Compiles the training step and the engine for GPUs that need not be there, and reads them."""
+"""Compiles the training step and the engine for GPUs that need not be there, and reads both."""
 
 import math
 import time
@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,9 @@ from nanochat_jax.planner.gpus import COMPILER_OPTIONS, GIB, deviceless_mesh, fi
 from nanochat_jax.planner.roofline import MODEL, OPTIMIZER, Timeline, part_of, timeline
 from nanochat_jax.scaling import Plan
 from nanochat_jax.sharding import BATCH_SPEC
-from nanochat_jax.train import (
-    Batch,
-    TrainState,
-    abstract_state,
-    make_train_step,
-)
+from nanochat_jax.train import Batch, TrainState, abstract_state, make_train_step
 
-# --- with the compiler ----------------------------------------------------------------------------
+# --- the training step ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,23 +114,27 @@ def compile_step(
     step, state, batch = step_to_compile(plan, deviceless_mesh(target, plan.n_devices))
     began = time.perf_counter()
     lowered = step.lower(state, batch)
-    middle = time.perf_counter()
+    lower_s = time.perf_counter() - began
+    module, peak, compile_s = _compile(lowered, options)
+    return CompiledStep(plan, target, module, peak, lower_s, compile_s)
+
+
+def _compile(
+    lowered: Any, options: Mapping[str, bool | int | str] = COMPILER_OPTIONS
+) -> tuple[hlo.Module, int, float]:
+    """The optimised program, the peak of its buffers in bytes, and the seconds it took."""
+    began = time.perf_counter()
     compiled = lowered.compile(compiler_options=dict(options))
-    compile_s = time.perf_counter() - middle
-    memory = compiled.memory_analysis()
-    module = hlo.parse(compiled.as_text())
-    peak = memory.peak_memory_in_bytes
-    return CompiledStep(plan, target, module, peak, middle - began, compile_s)
+    compile_s = time.perf_counter() - began
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    return hlo.parse(compiled.as_text()), peak, compile_s
 
 
 def step_to_compile(plan: Plan, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
     """The jitted step of pretrain.py on GPUs, and the shapes of its arguments on `mesh`."""
     model, optimizer = model_and_optimizer(plan, jnp.bfloat16, "cudnn")
-    shape = (
-        plan.grad_accum_steps,
-        plan.device_batch_size * plan.n_devices,
-        plan.config.sequence_len,
-    )
+    rows = plan.device_batch_size * plan.n_devices
+    shape = (plan.grad_accum_steps, rows, plan.config.sequence_len)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     step = make_train_step(model, optimizer, mesh, plan.settings.grad_clip)
     return step, abstract_state(model, optimizer, mesh), Batch(tokens, tokens)
@@ -170,68 +169,39 @@ def with_rows(plan: Plan, rows: int) -> Plan:
     return replace(plan, device_batch_size=rows, grad_accum_steps=step_rows // rows)
 
 
-# --- What generating will cost: the engine's programs compiled for a GPU that need no ---
+# --- the engine -----------------------------------------------------------------------------------
 
 
-class Program(NamedTuple):
-    """One run of a compiled program; of the decode loop one turn."""
+def compile_engine(config: GPTConfig, target: str, slots: int) -> dict[str, Any]:
+    """Compiles the engine of a bfloat16 model with `slots` rows of its whole context on one GPU.
 
-    kernels: int
-    bytes: float  # read and written in device memory
-    seconds: float  # by the roofline
-    peak_bytes: int
-    compile_s: float
-
-
-class InferenceCost(NamedTuple):
-    """An engine of `slots` rows on one GPU."""
-
-    slots: int
-    chunk_tokens: int  # of one prefill
-    decode: Program
-    prefill: Program
-
-    def summary(self) -> dict[str, Any]:
-        decode, prefill = self.decode, self.prefill
-        return {
-            "engine_slots": self.slots,
-            "decode_kernels": decode.kernels,
-            "decode_gb_per_token": round(decode.bytes / 1e9, 3),
-            "decode_ms_per_token": round(decode.seconds * 1e3, 3),
-            "decode_tokens_per_s": round(self.slots / decode.seconds),
-            "prefill_kernels": prefill.kernels,
-            "prefill_tokens": self.chunk_tokens,
-            "prefill_ms": round(prefill.seconds * 1e3, 2),
-            "engine_peak_gib": round(max(decode.peak_bytes, prefill.peak_bytes) / GIB, 2),
-            "engine_compile_s": round(decode.compile_s + prefill.compile_s, 1),
-        }
-
-
-def compile_engine(config: GPTConfig, target: str, slots: int) -> InferenceCost:
-    """Compiles the engine of a bfloat16 model with `slots` rows of its whole context.
-
-    ValueError for an unknown target, and when the CUDA wheels are absent.
+    Returns what scripts/plan.py prints: of the decode loop one turn, which is one token for every
+    row; of the prefill its largest chunk. ValueError for an unknown target, and when the CUDA
+    wheels are absent.
     """
-    model = GPT(config, jnp.bfloat16)
-    engine = make_engine(model, n_slots=slots, mesh=deviceless_mesh(target, 1))
+    engine = make_engine(GPT(config, jnp.bfloat16), n_slots=slots, mesh=deviceless_mesh(target, 1))
     shapes = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32)
         for name, (shape, _) in parameter_table(config).items()
     }
-    read = {name: _read(low, target) for name, low in engine.lowered(shapes).items()}
-    return InferenceCost(engine.n_slots, engine.buckets[-1], read["decode"], read["prefill"])
-
-
-def _read(lowered: Any, target: str) -> Program:
-    began = time.perf_counter()
-    compiled = lowered.compile(compiler_options=dict(COMPILER_OPTIONS))
-    compile_s = time.perf_counter() - began
-    module = hlo.parse(compiled.as_text())
-    launches = list(module.launches())  # the loop's length is not known: it counts once
-    return Program(
-        kernels=sum(times for _, times in launches),
-        bytes=sum(kernel.bytes * times for kernel, times in launches),
-        seconds=timeline(module, find_gpu(target)).total,
-        peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
-        compile_s=compile_s,
-    )
+    kernels, moved, seconds, peaks, compile_s = {}, {}, {}, [], 0.0
+    for name, lowered in engine.lowered(shapes).items():
+        module, peak, took = _compile(lowered)
+        launches = list(module.launches())  # the decode loop's length is not known: it counts once
+        kernels[name] = sum(times for _, times in launches)
+        moved[name] = sum(kernel.bytes * times for kernel, times in launches)
+        seconds[name] = timeline(module, find_gpu(target)).total
+        peaks.append(peak)
+        compile_s += took
+    return {
+        "engine_slots": engine.n_slots,
+        "decode_kernels": kernels["decode"],
+        "decode_gb_per_token": round(moved["decode"] / 1e9, 3),
+        "decode_ms_per_token": round(seconds["decode"] * 1e3, 3),
+        "decode_tokens_per_s": round(engine.n_slots / seconds["decode"]),
+        "prefill_kernels": kernels["prefill"],
+        "prefill_tokens": engine.buckets[-1],
+        "prefill_ms": round(seconds["prefill"] * 1e3, 2),
+        "engine_peak_gib": round(max(peaks) / GIB, 2),
+        "engine_compile_s": round(compile_s, 1),
+    }

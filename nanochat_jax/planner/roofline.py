@@ -10,7 +10,7 @@ is reported.
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from nanochat_jax.planner.gpus import Gpu
+from nanochat_jax.devices import Gpu
 from nanochat_jax.planner.hlo import Kernel, Loop, Module, Wait
 
 BANDWIDTH_SHARE = 0.85  # of the memory bandwidth: elementwise kernels, copies, reductions

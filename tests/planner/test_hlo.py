@@ -1,6 +1,6 @@
 """The HLO reader against a real compiled program and against small programs written out here.
 
-tests/hlo/toy_step.hlo is what XLA made for 8 × H200 of a step with the shape of ours (debugging
+hlo/toy_step.hlo is what XLA made for 8 × H200 of a step with the shape of ours (debugging
 metadata removed): weights gathered from a stack of 8 matrices 256 × 256; two micro-batches in a
 scan and one after it, each with four products (three merged into one by XLA) and one attention
 over 512 tokens that reaches 128 back; gradients reduce-scattered, their norm all-reduced, a float32

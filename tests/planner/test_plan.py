@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_jax import scaling
+from nanochat_jax.devices import GPUS
 from nanochat_jax.planner import estimate, gpus, program
 from nanochat_jax.stages.settings import PretrainConfig
 
@@ -44,7 +45,7 @@ def last_line(done: subprocess.CompletedProcess) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# --- text, disk, money ----------------------------------------------------------------------------
+# --- text and disk --------------------------------------------------------------------------------
 
 
 def test_shards_agree_with_the_published_run():
@@ -53,7 +54,7 @@ def test_shards_agree_with_the_published_run():
     assert 160 <= needed <= 180
 
 
-def test_shards_end_where_the_data_set_ends_and_own_text_needs_none():
+def test_shards_end_where_the_data_set_ends_and_other_text_needs_none():
     assert estimate.shards_needed(10**15, "climbmix") == 6543
     assert estimate.shards_needed(1, "climbmix") == 2
     assert estimate.shards_needed(10**12, "local") == 0
@@ -75,11 +76,6 @@ def test_a_checkpoint_holds_parameters_and_moments():
     assert estimate.state_bytes(plan) == pytest.approx(4 * (2 * muon + 3 * adamw), rel=0.01)
 
 
-def test_disk_and_dollars():
-    assert estimate.disk_bytes(10, 10**9, 2) == 10 * 100e6 + 4e9
-    assert estimate.usd(1.65, 8, 3.0) == pytest.approx(39.6)
-
-
 # --- memory and time by arithmetic ----------------------------------------------------------------
 
 
@@ -88,15 +84,6 @@ def test_estimated_memory_is_near_what_the_compiler_found():
     assert estimate.estimate(d24(), "h200").peak_bytes / GIB == pytest.approx(57.6, rel=0.1)
     d12 = scaling.plan(12, device_batch_size=16, n_devices=8)
     assert estimate.estimate(d12, "h200").peak_bytes / GIB == pytest.approx(17.3, rel=0.1)
-
-
-def test_estimated_time_is_flops_over_the_assumed_rate():
-    plan = d24()
-    cost = estimate.estimate(plan, "h100")
-    rate = 8 * 989e12 * estimate.ASSUMED_MFU
-    assert cost.step_s == pytest.approx(plan.flops_per_token * plan.total_batch_size / rate)
-    assert cost.microbatch_s * plan.grad_accum_steps == pytest.approx(cost.step_s)
-    assert estimate.mfu(plan, cost, "h100") == estimate.ASSUMED_MFU
 
 
 def test_the_largest_batch_fits_and_the_next_one_does_not():
@@ -143,7 +130,7 @@ def test_an_unknown_device_is_named():
 
 
 def test_target_description_carries_the_data_sheet():
-    text = gpus.target_config(gpus.GPUS["h200"])
+    text = gpus.target_config(GPUS["h200"])
     assert text.count("{") == text.count("}")
     numbers = dict(re.findall(r"(\w+): (\d+)\b", text))
     assert int(numbers["core_count"]) == 132
@@ -161,30 +148,17 @@ def test_full_names_of_drivers_are_recognised():
 
 # --- the command line -----------------------------------------------------------------------------
 
-KEYS = [
-    "peak_gib",
-    "fits",
-    "max_device_batch",
-    "ms_per_microbatch",
-    "compile_s",
-    "kernels",
-    "attention_calls",
-    "fp8_gemms",
-    "bf16_gemms",
-    "reduce_scatters",
-    "all_gathers",
-    "all_reduces",
-    "hours",
-    "usd",
-    "shards",
-    "disk_gb",
-]
+KEYS = {
+    *("peak_gib", "fits", "max_device_batch", "ms_per_microbatch", "compile_s", "kernels"),
+    *("attention_calls", "fp8_gemms", "bf16_gemms", "reduce_scatters", "all_gathers"),
+    *("all_reduces", "hours", "usd", "shards", "disk_gb"),
+}
 
 
 def test_plan_without_a_compiler_says_time_and_disk():
     done = run_plan("--config", "cpu", "--no-compile", "--target", "cpu")
     plan = last_line(done)
-    assert set(KEYS) <= set(plan)
+    assert plan.keys() >= KEYS
     assert (plan["gpus"], plan["shards"], plan["usd"]) == (1, 0, 0.0)
     assert plan["hours"] > 0
     assert plan["disk_gb"] > 0
@@ -248,7 +222,7 @@ def test_the_compiled_step_keeps_its_shape(compiled):
 def test_the_compiled_decode_loop_reads_little_more_than_the_weights(compiled):
     """One row on one H200. A prototype of d24 had 458 kernels and moved 1.735 GB a token."""
     depth = compiled["depth"]
-    assert compiled["decode_kernels"] <= 15 * depth + 110  # the draw, with all its ways, is 100
+    assert compiled["decode_kernels"] <= 15 * depth + 110  # sampling, with all its options, is 100
     assert compiled["decode_gb_per_token"] <= {12: 0.4, 24: 1.65}[depth]
     assert compiled["decode_ms_per_token"] <= {12: 0.6, 24: 1.25}[depth]
     assert compiled["prefill_ms"] <= {12: 1.5, 24: 4.5}[depth]

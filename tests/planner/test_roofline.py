@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat_jax.devices import GPUS
 from nanochat_jax.planner import roofline
-from nanochat_jax.planner.gpus import GPUS
 from nanochat_jax.planner.hlo import Kernel, Loop, Module, Wait
 
 H200 = GPUS["h200"]
