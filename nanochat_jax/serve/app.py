@@ -17,12 +17,10 @@ from nanochat_jax.serve import metrics, openai
 from nanochat_jax.serve.errors import ErrorBody, install_handlers
 from nanochat_jax.serve.middleware import (
     LOCAL_HOSTS,
-    ApiKeys,
     BodyLimit,
     Gate,
     HostCheck,
     Observe,
-    RateLimit,
     read_keys,
 )
 from nanochat_jax.serve.schema import document_limits
@@ -84,8 +82,8 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     """What requests pass on their way in; the last one added is passed first."""
     config = service.config
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, seconds=config.body_seconds)
-    keys = ApiKeys(read_keys(config.api_keys_file))
-    app.add_middleware(Gate, keys=keys, rate=RateLimit(config.rate_limit))
+    keys = read_keys(config.api_keys_file)
+    app.add_middleware(Gate, keys=keys, per_minute=config.rate_limit)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -30,7 +30,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """What a client is told; `param` names the parameter at fault, as in messages[0].content."""
+    """An error response; `param` names the parameter at fault, as in messages[0].content."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ def internal_error() -> ApiError:
     return ApiError(500, "something went wrong in the server; its log says what", code="internal")
 
 
-GONE = 499  # nginx's number for a client that did not wait; nobody gets to see it
+GONE = 499  # nginx's number for a client that did not wait; only our log and metrics see it
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -98,51 +98,37 @@ _PLAIN = {
 def describe(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's findings as one sentence about one parameter."""
     first = errors[0]
-    where = [part for part in first["loc"] if part not in ("body", "query", "path")]
     cause = first.get("ctx", {}).get("error")
     if first["type"] == "json_invalid":
         return bad_request(f"the body is not valid JSON: {cause}")
     if isinstance(cause, Unsupported):
         return bad_request(str(cause), cause.name, "unsupported_parameter")
-    if not where:
-        return bad_request(
-            "the body must be a JSON object, sent with the header Content-Type: application/json"
-        )
-    param = _path(where)
-    return bad_request(f"{param}: {_problem(first)}", param)
-
-
-def _problem(finding: Any) -> str:
-    """What pydantic found, in the words of the rest of our messages."""
-    match finding["type"]:
-        case "missing":
-            return "is required"
-        case "too_short" | "string_too_short":
-            return f"must not be shorter than {finding['ctx']['min_length']}"
-        case "too_long" | "string_too_long":
-            return f"must not be longer than {finding['ctx']['max_length']}"
-    return finding["msg"].replace("Input should be", "must be")
-
-
-def _path(where: Sequence[Any]) -> str:
-    """messages[0].content, without the names that pydantic gives to the members of a union."""
-    path = ""
-    for part in where:
+    param = ""  # as in messages[0].content
+    for part in first["loc"]:
         if isinstance(part, int):
-            path += f"[{part}]"
-        elif not part.startswith(UNION_MEMBER):
-            path += f".{part}" if path else part
-    return path
+            param += f"[{part}]"
+        elif not part.startswith(UNION_MEMBER) and part not in ("body", "query", "path"):
+            param += f".{part}" if param else part
+    if not param:
+        need = "the body must be a JSON object, sent with the header Content-Type: application/json"
+        return bad_request(need)
+    match first["type"]:
+        case "missing":
+            problem = "is required"
+        case "too_short" | "string_too_short":
+            problem = f"must not be shorter than {first['ctx']['min_length']}"
+        case "too_long" | "string_too_long":
+            problem = f"must not be longer than {first['ctx']['max_length']}"
+        case _:
+            problem = first["msg"].replace("Input should be", "must be")
+    return bad_request(f"{param}: {problem}", param)
 
 
 UNION_MEMBER = "as "  # begins the names of the members of unions, which no user need see
 
 
-# --- what is not supported ------------------------------------------------------------------------
-
-
 class Unsupported(ValueError):
-    """A parameter that would change the answer and that nobody implements here."""
+    """A parameter that would change the answer and that is not implemented here."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} is not supported by this server; leave it out")

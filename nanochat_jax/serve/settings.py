@@ -1,7 +1,9 @@
-"""What the server can be told: one flat frozen dataclass, filled by scripts/serve.py."""
+"""The settings of the server: one flat frozen dataclass, filled by scripts/serve.py."""
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+MAY_BE_ZERO = ("port", "rate_limit", "drain_seconds", "max_temperature", "max_top_k")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class ServeConfig:
     chunk: int = 16
     """Tokens between two looks at who came and who left; fewer stream more smoothly."""
     max_queue: int = 64
-    """Requests that may wait for a slot; more are told to come back later (429)."""
+    """Requests that may wait for a slot; others are asked to come back later (429)."""
 
     # who may ask
     api_keys_file: str = ""
@@ -61,19 +63,18 @@ class ServeConfig:
 
     # running it
     drain_seconds: int = 30
-    """How long running requests may go on after SIGTERM or Ctrl-C."""
+    """How long running requests may take to finish after SIGTERM or Ctrl-C."""
     access_log: bool = True
     """Print a line of JSON for every request."""
 
     def __post_init__(self) -> None:
         for name in ("cors_origins", "allowed_hosts"):  # TOML has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        at_least = {"port": 0, "rate_limit": 0, "drain_seconds": 0, "max_top_k": 0}
-        at_least |= dict.fromkeys(_POSITIVE, 1)
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least {least}, not {getattr(self, name)}")
+        for setting in fields(self):
+            value, least = getattr(self, setting.name), 0 if setting.name in MAY_BE_ZERO else 1
+            if setting.type in (int, float) and value < least:
+                flag = setting.name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least {least}, not {value}")
         if self.port > 65_535:
             raise ValueError(f"--port must be at most 65535, not {self.port}")
 
@@ -86,17 +87,3 @@ class ServeConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
-
-
-_POSITIVE = (
-    *(
-        "slots",
-        "chunk",
-        "max_queue",
-        "max_messages",
-        "max_message_chars",
-        "max_chars",
-        "max_new_tokens",
-    ),
-    *("max_n", "max_prompts", "max_body_bytes", "body_seconds"),
-)
