@@ -1,13 +1,13 @@
-"""Measures a running server with many clients at once: throughput, latencies, errors, leaks.
+"""Measures a running server under many simultaneous clients: throughput, latencies, errors, leaks.
 
-    python scripts/bench_serve.py --start                   # starts one of its own, newest run
+    python scripts/bench_serve.py --start                   # starts a server, newest run
     python scripts/bench_serve.py --url http://127.0.0.1:8000 --clients 32 --requests 200
     python scripts/bench_serve.py --start --clients 64 --seconds 120 --disconnects 0.3
 
 First a few requests one after the other, then --requests of them (or for --seconds) by --clients
-clients at once; --disconnects is the share that hangs up in mid-answer. Every answer is streamed.
-ttft is the time to the first piece of text, itl that between two pieces. At the end every slot of
-the server should be free again. The last line is one JSON object.
+simultaneous clients; --disconnects is the share that hangs up in mid-answer. All answers are
+streamed. ttft is the time to the first piece of text, itl that between two pieces. At the end every
+slot of the server should be free again. The last line is one JSON object.
 """
 
 import asyncio
@@ -18,16 +18,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
@@ -55,19 +56,19 @@ class BenchServeConfig:
     slots: int = 8
     """Its slots."""
     clients: int = 8
-    """Clients at once."""
+    """Simultaneous clients."""
     requests: int = 40
     """Requests of all clients together."""
     seconds: float = 0.0
-    """Instead of a number of requests, go on for so long."""
+    """Send requests for so long, instead of a number of them."""
     sequential: int = 8
-    """Requests one after the other before, to compare with."""
+    """Requests one after the other beforehand, to compare with."""
     max_tokens: int = 64
     """Tokens of an answer at most."""
     disconnects: float = 0.0
     """Share of the requests that hang up in mid-answer."""
     api_key: str = ""
-    """If the server wants one."""
+    """API key, if the server asks for one."""
     seed: int = 0
     """Of the questions and the disconnects."""
 
@@ -88,7 +89,11 @@ def main() -> None:
         raise ValueError(f"--disconnects is a share from 0 to 1, not {config.disconnects}")
     with server(config) as (url, pid):
         result = asyncio.run(measure(config, url, pid))
-    show(result)
+    table = Table("what", Column("measured", justify="right"), title="the server")
+    for name, value in result.items():
+        text = "–" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), text)
+    Console().print(table)
     print(json.dumps(result))
 
 
@@ -103,123 +108,124 @@ def server(config: BenchServeConfig) -> Iterator[tuple[str, int | None]]:
     command += ["--run", config.run] if config.run else []
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        found = (re.search(r"listening on (http://\S+)", line) for line in process.stdout)
+        address = next(filter(None, found), None)
+        if address is None:
+            raise ValueError("the server did not start; see its message above")
         try:
-            yield _address(process), process.pid
+            yield address.group(1), process.pid
         finally:
             process.terminate()
             process.communicate(timeout=120)
 
 
-def _address(process: subprocess.Popen) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if found := re.search(r"listening on (http://\S+)", line):
-            return found.group(1)
-    raise ValueError("the server did not start; see its message above")
-
-
 async def measure(config: BenchServeConfig, url: str, pid: int | None) -> dict[str, Any]:
+    """All requests; what they took, and what they left behind on the server."""
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     limits = httpx.Limits(max_connections=config.clients + 1)
     async with httpx.AsyncClient(
         base_url=url, headers=headers, timeout=300, limits=limits
     ) as client:
-        await _until_ready(client)
-        await _crowd(config, client, 1, iter(range(2)), disconnects=0.0)  # warm
-        before, began = _rss_mib(pid), time.perf_counter()
-        alone = await _crowd(config, client, 1, iter(range(config.sequential)), disconnects=0.0)
+        await until_ready(client)
+        await run_clients(config, client, 1, iter(range(2)), disconnects=0.0)  # warm
+        before, began = rss_mib(pid), time.perf_counter()
+        numbers = iter(range(config.sequential))
+        alone = await run_clients(config, client, 1, numbers, disconnects=0.0)
         alone_s, began = time.perf_counter() - began, time.perf_counter()
-        numbers = _numbers(config, began)
-        crowd = await _crowd(config, client, config.clients, numbers, config.disconnects)
+        numbers = iter(range(config.requests))
+        if config.seconds:
+            end = began + config.seconds
+            numbers = takewhile(lambda _: time.perf_counter() < end, count())
+        crowd = await run_clients(config, client, config.clients, numbers, config.disconnects)
         crowd_s = time.perf_counter() - began
-        stuck = await _stuck_slots(client)
-    return _summary(config, alone, alone_s, crowd, crowd_s) | {
+        stuck = await stuck_slots(client)
+    first = [timing.times[0] for timing in crowd if timing.times]
+    between = [gap for timing in crowd for gap in np.diff(timing.times)]
+    tokens_per_s = sum(timing.tokens for timing in crowd) / crowd_s
+    sequential = sum(timing.tokens for timing in alone) / alone_s
+    return {
+        "requests": len(crowd),
+        "clients": config.clients,
+        "hung_up": sum(timing.hung_up for timing in crowd),
+        "errors_4xx": sum(400 <= timing.status < 500 for timing in crowd),
+        "errors_5xx": sum(timing.status >= 500 for timing in crowd),
+        "errors_connection": sum(timing.status == 0 for timing in crowd),
+        "tokens_per_s": tokens_per_s,
+        "ttft_p50_ms": percentile_ms(first, 50),
+        "ttft_p99_ms": percentile_ms(first, 99),
+        "itl_p50_ms": percentile_ms(between, 50),
+        "itl_p99_ms": percentile_ms(between, 99),
+        "sequential_tokens_per_s": sequential,
+        "concurrent_over_sequential": tokens_per_s / sequential if sequential else None,
+        "seconds": crowd_s,
         "stuck_slots": stuck,
-        "rss_growth_mib": None if before is None else (_rss_mib(pid) or 0.0) - before,
+        "rss_growth_mib": None if before is None else (rss_mib(pid) or 0.0) - before,
     }
 
 
-def _numbers(config: BenchServeConfig, began: float) -> Iterator[int]:
-    """The requests to make, shared by all clients."""
-    number = 0
-    while (
-        time.perf_counter() - began < config.seconds if config.seconds else number < config.requests
-    ):
-        yield number
-        number += 1
-
-
-async def _until_ready(client: httpx.AsyncClient) -> None:
+async def until_ready(client: httpx.AsyncClient) -> None:
     for _ in range(600):
-        try:
+        with suppress(httpx.ConnectError):
             if (await client.get("/ready")).status_code == 200:
                 return
-        except httpx.ConnectError:
-            pass
         await asyncio.sleep(0.5)
     raise ValueError(f"the server at {client.base_url} did not get ready within five minutes")
 
 
-async def _crowd(
+async def run_clients(
     config: BenchServeConfig,
     client: httpx.AsyncClient,
     clients: int,
     numbers: Iterator[int],
     disconnects: float,
 ) -> list[RequestTiming]:
-    outcomes: list[RequestTiming] = []
+    """The requests of these numbers, shared by all clients."""
+    timings: list[RequestTiming] = []
 
     async def one() -> None:
         for number in numbers:
             rng = random.Random(f"{config.seed} {number}")
             leaves_after = rng.randrange(4) if rng.random() < disconnects else None
-            outcomes.append(await _ask(config, client, number, rng, leaves_after))
+            body = {
+                "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
+                "max_tokens": config.max_tokens,
+                "seed": number,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            timing = RequestTiming()
+            timings.append(timing)
+            with suppress(httpx.TransportError):  # the status stays as it was
+                await send(client, body, timing, leaves_after)
+            if timing.status == 429:
+                await asyncio.sleep(0.2)
 
     await asyncio.gather(*(one() for _ in range(clients)))
-    return outcomes
+    return timings
 
 
-async def _ask(
-    config: BenchServeConfig,
-    client: httpx.AsyncClient,
-    number: int,
-    rng: random.Random,
-    leaves_after: int | None,
-) -> RequestTiming:
-    """One streamed answer; hangs up after some pieces if told to."""
-    body = {
-        "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
-        "max_tokens": config.max_tokens,
-        "seed": number,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    outcome, began = RequestTiming(), time.perf_counter()
-    try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            outcome.status = response.status_code
-            async for chunk in _chunks(response):
-                if chunk.get("usage"):
-                    outcome.tokens = chunk["usage"]["completion_tokens"]
-                if any(choice["delta"].get("content") for choice in chunk["choices"]):
-                    outcome.times.append(time.perf_counter() - began)
-                if leaves_after is not None and len(outcome.times) >= leaves_after:
-                    outcome.hung_up = True
-                    break
-    except httpx.TransportError:
-        pass  # keeps the status it had
-    if outcome.status == 429:
-        await asyncio.sleep(0.2)  # instead of asking again at once
-    return outcome
+async def send(
+    client: httpx.AsyncClient, body: dict, timing: RequestTiming, leaves_after: int | None
+) -> None:
+    """One streamed answer; hangs up after so many pieces of text."""
+    began = time.perf_counter()
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        timing.status = response.status_code
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if chunk.get("usage"):
+                timing.tokens = chunk["usage"]["completion_tokens"]
+            if any(choice["delta"].get("content") for choice in chunk["choices"]):
+                timing.times.append(time.perf_counter() - began)
+            if leaves_after is not None and len(timing.times) >= leaves_after:
+                timing.hung_up = True
+                return
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: {"):
-            yield json.loads(line.removeprefix("data: "))
-
-
-async def _stuck_slots(client: httpx.AsyncClient, seconds: float = 30.0) -> int:
+async def stuck_slots(client: httpx.AsyncClient, seconds: float = 30.0) -> int:
     """Slots that are still busy when nobody wants anything."""
     end = time.perf_counter() + seconds
     while True:
@@ -231,52 +237,17 @@ async def _stuck_slots(client: httpx.AsyncClient, seconds: float = 30.0) -> int:
         await asyncio.sleep(0.2)
 
 
-def _summary(
-    config, alone: list[RequestTiming], alone_s: float, crowd: list[RequestTiming], crowd_s: float
-):
-    first = [o.times[0] for o in crowd if o.times]
-    between = [gap for o in crowd for gap in np.diff(o.times)]
-    tokens_per_s = sum(o.tokens for o in crowd) / crowd_s
-    sequential = sum(o.tokens for o in alone) / alone_s
-    return {
-        "requests": len(crowd),
-        "clients": config.clients,
-        "hung_up": sum(o.hung_up for o in crowd),
-        "errors_4xx": sum(400 <= o.status < 500 for o in crowd),
-        "errors_5xx": sum(o.status >= 500 for o in crowd),
-        "errors_connection": sum(o.status == 0 for o in crowd),
-        "tokens_per_s": tokens_per_s,
-        "ttft_p50_ms": _percentile(first, 50),
-        "ttft_p99_ms": _percentile(first, 99),
-        "itl_p50_ms": _percentile(between, 50),
-        "itl_p99_ms": _percentile(between, 99),
-        "sequential_tokens_per_s": sequential,
-        "concurrent_over_sequential": tokens_per_s / sequential if sequential else None,
-        "seconds": crowd_s,
-    }
-
-
-def _percentile(seconds: Sequence[float], percent: int) -> float | None:
+def percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
     return 1e3 * float(np.percentile(seconds, percent)) if seconds else None
 
 
-def _rss_mib(pid: int | None) -> float | None:
-    """Resident memory of a process here, where the system tells."""
+def rss_mib(pid: int | None) -> float | None:
+    """Resident memory of a process on this machine, where /proc has it."""
     path = Path(f"/proc/{pid}/status")
     if pid is None or not path.exists():
         return None
     found = re.search(r"^VmRSS:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     return int(found.group(1)) / 1024 if found else None
-
-
-def show(result: dict[str, Any]) -> None:
-    table = Table(title="the server")
-    table.add_column("what")
-    table.add_column("measured", justify="right")
-    for name, value in result.items():
-        text = "–" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), text)
-    Console().print(table)
 
 
 if __name__ == "__main__":

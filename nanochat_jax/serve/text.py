@@ -207,13 +207,12 @@ class AnswerReader:
         return pieces
 
     def _certain(self) -> list[TextPiece]:
+        length = len(self._waiting)
         if self._type == "text" and self._stop:
             found = [at for at in map(self._waiting.find, self._stop) if at >= 0]
-            if found:
-                self.stopped = True
-                return self._pieces(min(found))
-            return self._pieces(len(self._waiting) - self._could_begin_stop())
-        return self._pieces(len(self._waiting))
+            self.stopped = bool(found)
+            length = min(found) if found else length - self._could_begin_stop()
+        return [self._give(length)] if length else []
 
     def _could_begin_stop(self) -> int:
         """Length of the longest end of the text that is the beginning of a stop string."""
@@ -222,9 +221,6 @@ class AnswerReader:
             if any(stop.startswith(self._waiting[-length:]) for stop in self._stop):
                 return length
         return 0
-
-    def _pieces(self, length: int) -> list[TextPiece]:
-        return [self._give(length)] if length else []
 
     def _give(self, length: int, everything: bool = False) -> TextPiece:
         """The first `length` characters that wait, and the tokens that begin within them."""
