@@ -27,8 +27,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
-from nanochat_jax.attention import attention_kernel
-from nanochat_jax.gpt import GPT, GPTConfig, Params, compute_dtype, param_shapes
+from nanochat_jax.gpt import GPT, GPTConfig, Params, make_model, param_shapes
 from nanochat_jax.runs import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER
 from nanochat_jax.sharding import from_logical, logical_shardings, with_shardings
 from nanochat_jax.tokenizer import Tokenizer
@@ -206,8 +205,6 @@ def load_model(
         whole = dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
         placed = whole if mesh is None else logical_shardings(shapes, mesh)
         params = checkpoints.restore_params(chosen, with_shardings(shapes, placed))
-    kind = compute_dtype(dtype)
-    kernel = attention_kernel(attention, kind, config.sequence_len, config.head_dim)
     if mesh is not None:
         params = from_logical(params, mesh)
     tokenizer = Tokenizer.load(run_folder / TOKENIZER_FOLDER)
@@ -217,7 +214,7 @@ def load_model(
             f"{run_folder / TOKENIZER_FOLDER} has {tokenizer.vocab_size:,} tokens, but the model "
             f"was trained with one of {trained_with:,}: put that one back"
         )
-    return LoadedModel(GPT(config, kind, kernel), params, tokenizer, meta)
+    return LoadedModel(make_model(config, dtype, attention), params, tokenizer, meta)
 
 
 def open_checkpoints(run_folder: Path) -> Checkpoints:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from nanochat_jax.attention import causal_attention
+from nanochat_jax.attention import attention_kernel, causal_attention
 
 SOFTCAP = 15.0  # logits are squashed to ±15
 QK_SHARPEN = 1.2  # 2026: q and k after their norm
@@ -485,3 +485,11 @@ def compute_dtype(name: str) -> Any:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is auto, float32 or bfloat16, not {name!r}")
     return jnp.bfloat16 if name == "bfloat16" else jnp.float32
+
+
+def make_model(config: GPTConfig, dtype: str = "auto", attention: str = "auto") -> GPT:
+    """The model in a compute type (see `compute_dtype`) with an attention kernel (attention.py)."""
+    kind = compute_dtype(dtype)
+    return GPT(
+        config, kind, attention_kernel(attention, kind, config.sequence_len, config.head_dim)
+    )

@@ -1,11 +1,10 @@
 """A run's folder: who may write into it, and whether what is there can be continued.
 
-runs/<name>/ is described in checkpoint.py. What decides the numbers of a run (its identity) is
+runs/<name>/ is described in checkpoint.py. All that a run's results depend on (its fingerprint) is
 saved with every checkpoint and compared when the run is resumed; everything else may change.
 """
 
 import ctypes
-import fcntl
 import json
 import math
 import os
@@ -17,6 +16,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
 from uuid import uuid4
+
+from filelock import FileLock, Timeout
 
 from nanochat_jax.config import base_dir, named_folder, to_toml, write_atomically
 from nanochat_jax.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ def default_run(stages: Sequence[str] = ()) -> str:
     raise ValueError(f"there is no run{of} in {folder}; train one: bash speedrun.sh")
 
 
-def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
+def check_unused(folder: Path, resume: bool, overwrite: bool) -> None:
     """ValueError when a run is there and it was not said what to do with it."""
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: choose one of them")
@@ -60,26 +61,29 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes from training in it; ValueError where one does.
 
     The lock ends with the process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training the run {folder}: wait for its end or stop it, or "
-                "choose another name with --run"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another process is training the run {folder}: wait for its end or stop it, or "
+            "choose another name with --run"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def make_ready(folder: Path, overwrite: bool) -> None:
+def clear_run(folder: Path, overwrite: bool) -> None:
     """Empties the folder, but for its lock, if `overwrite`; for one process only."""
     for path in folder.iterdir() if overwrite and _is_run(folder) else ():
         if path.is_dir() and not path.is_symlink():
@@ -95,14 +99,14 @@ def _is_run(folder: Path) -> bool:
     return has_records or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
-def describe(folder: Path, config: Any, tokenizer: Tokenizer) -> None:
-    """Writes what is the run's besides numbers and checkpoints: its configuration and tokenizer."""
+def write_run_files(folder: Path, config: Any, tokenizer: Tokenizer) -> None:
+    """Writes the run's configuration and tokenizer."""
     tokenizer.save(folder / TOKENIZER_FOLDER)
     write_atomically(folder / CONFIG_FILE, to_toml(config))
 
 
-def check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """ValueError, naming every difference, unless two identities are equal as JSON."""
+def check_fingerprint(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError, naming every difference, unless two fingerprints are equal as JSON."""
     now = json.loads(json.dumps(now))
     differences = list(_differences(then, now, ""))
     if differences:

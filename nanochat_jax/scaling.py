@@ -119,7 +119,7 @@ class Plan:
     batch_lr_scale: float
     weight_decay_scaled: float
     num_iterations: int
-    horizon: str  # what decided num_iterations
+    length_rule: str  # what decided num_iterations
     device_batch_size: int
     n_devices: int
     grad_accum_steps: int
@@ -137,6 +137,8 @@ def plan(
     depth: int,
     recipe: str = "2026",
     *,
+    n_embd: int | None = None,
+    n_head: int | None = None,
     n_kv_head: int | None = None,
     num_iterations: int | None = None,
     target_flops: float | None = None,
@@ -149,16 +151,20 @@ def plan(
 
     `overrides` are fields of Recipe (vocab_size, sequence_len, aspect_ratio, head_dim, learning
     rates, window_pattern, target_param_data_ratio, total_batch_size …); None means the recipe's own
-    value. The number of steps comes from num_iterations, else target_flops, else
+    value. `n_embd` is the width instead of aspect_ratio · depth, `n_head` goes before head_dim. The
+    number of steps comes from num_iterations, else target_flops, else
     target_param_data_ratio. ValueError, with what to do, for anything that cannot be trained.
     """
     settings = _settings(recipe, overrides)
-    config = model_config(depth, recipe, settings, n_kv_head)
+    width = n_embd or round(settings.aspect_ratio * depth)
+    if n_embd or n_head:
+        settings = replace(settings, head_dim=_head_dim(width, n_head, settings, overrides))
+    config = model_config(depth, width, recipe, settings, n_kv_head)
     scaling_params = count_scaling_params(config)
     target_tokens = int(settings.target_param_data_ratio * scaling_params)
-    reference = _reference_tokens(recipe, settings)
+    reference = _reference_tokens(recipe, settings, depth, width)
     batch = settings.total_batch_size or optimal_batch_size(target_tokens, reference)
-    steps, horizon = _num_iterations(
+    steps, length_rule = _num_iterations(
         num_iterations, target_flops, count_flops_per_token(config) * batch, target_tokens, batch
     )
     return Plan(
@@ -175,7 +181,7 @@ def plan(
         batch_lr_scale=_batch_lr_scale(recipe, batch) if batch_lr_scale is None else batch_lr_scale,
         weight_decay_scaled=_scaled_weight_decay(settings, batch, target_tokens, reference),
         num_iterations=steps,
-        horizon=horizon,
+        length_rule=length_rule,
         device_batch_size=device_batch_size,
         n_devices=n_devices,
         grad_accum_steps=grad_accumulation(
@@ -207,12 +213,11 @@ def _settings(recipe: str, overrides: dict[str, Any]) -> Recipe:
 
 
 def model_config(
-    depth: int, recipe: str, settings: Recipe, n_kv_head: int | None = None
+    depth: int, width: int, recipe: str, settings: Recipe, n_kv_head: int | None = None
 ) -> GPTConfig:
-    """The model of a depth: width = aspect_ratio · depth, rounded up to whole heads (2026)."""
+    """The model of a depth and width; 2026 rounds the width up to whole heads."""
     if depth < 1:
         raise ValueError(f"depth must be at least 1, not {depth}")
-    width = round(settings.aspect_ratio * depth)
     n_head = -(-width // settings.head_dim)
     if recipe == "2026":
         width = n_head * settings.head_dim
@@ -231,6 +236,19 @@ def model_config(
         n_embd=width,
         window_pattern=settings.window_pattern,
     )
+
+
+def _head_dim(width: int, n_head: int | None, settings: Recipe, overrides: dict[str, Any]) -> int:
+    """Of a width or a number of heads that was given; ValueError unless the heads are whole."""
+    if overrides.get("aspect_ratio") is not None:
+        raise ValueError("give either aspect_ratio, or n_embd and n_head")
+    head_dim = width // n_head if n_head else settings.head_dim
+    if head_dim < 1 or width % head_dim or (n_head or width // head_dim) * head_dim != width:
+        raise ValueError(
+            f"a width of {width} cannot be cut into whole heads of {head_dim}; give n_embd and "
+            "n_head, the first a multiple of the second"
+        )
+    return head_dim
 
 
 def count_params(config: GPTConfig) -> ParamCounts:
@@ -259,30 +277,6 @@ def count_flops_per_token(config: GPTConfig) -> int:
     """Training FLOPs of one token: 6 a weight, 12 a channel and visible key (arXiv 2204.02311)."""
     keys = sum(min(window, config.sequence_len) for window in config.window_sizes)
     return 6 * count_matmul_params(config) + 12 * config.n_embd * keys
-
-
-def decode_flops(config: GPTConfig, context: int) -> int:
-    """FLOPs of generating one token after `context` others."""
-    keys = sum(min(window, context) for window in config.window_sizes)
-    return 2 * count_matmul_params(config) + 4 * config.n_embd * keys
-
-
-def prefill_flops(config: GPTConfig, n_tokens: int) -> int:
-    """FLOPs of reading a prompt: token t of a layer sees min(t, window) keys."""
-    windows = [min(window, n_tokens) for window in config.window_sizes]
-    pairs = sum(w * (w + 1) // 2 + (n_tokens - w) * w for w in windows)
-    return 2 * count_matmul_params(config) * n_tokens + 4 * config.n_embd * pairs
-
-
-def kv_bytes_per_token(config: GPTConfig, bytes_per_value: int = 2) -> int:
-    """Bytes of cache that one token occupies over all layers."""
-    return 2 * config.n_layer * config.kv_dim * bytes_per_value
-
-
-def kv_read_bytes(config: GPTConfig, context: int, bytes_per_value: int = 2) -> int:
-    """Bytes of cache that generating one token after `context` others reads, for one sequence."""
-    keys = sum(min(window, context) for window in config.window_sizes)
-    return 2 * keys * config.kv_dim * bytes_per_value
 
 
 # --- batch, rates and length ---------------------------------------------------------------------
@@ -315,10 +309,12 @@ def grad_accumulation(batch: int, device_batch_size: int, sequence_len: int, n_d
     )
 
 
-def _reference_tokens(recipe: str, settings: Recipe) -> float | None:
+def _reference_tokens(recipe: str, settings: Recipe, depth: int, width: int) -> float | None:
+    """Tokens of the run of REFERENCE_DEPTH with the same width per layer."""
     if recipe == "2025":
         return None
-    reference = model_config(REFERENCE_DEPTH, recipe, settings)
+    reference_width = round(width * REFERENCE_DEPTH / depth)
+    reference = model_config(REFERENCE_DEPTH, reference_width, recipe, settings)
     return settings.target_param_data_ratio * count_scaling_params(reference)
 
 
@@ -351,7 +347,7 @@ def _num_iterations(
     if steps < 1:
         raise ValueError(
             f"{source} is less than one step of {batch:,} tokens; give a smaller total_batch_size, "
-            "a longer horizon or num_iterations"
+            "more tokens or num_iterations"
         )
     return steps, source
 
@@ -367,10 +363,13 @@ def explain(plan: Plan) -> list[tuple[str, str, str]]:
 def _explain_model(plan: Plan) -> list[tuple[str, str, str]]:
     config, settings, params = plan.config, plan.settings, plan.params
     windows = sorted({min(w, config.sequence_len) for w in config.window_sizes})
+    width_rule = f"{settings.aspect_ratio:g} × depth, in whole heads"
+    if not 0 <= config.n_embd - round(settings.aspect_ratio * plan.depth) < config.head_dim:
+        width_rule = "as given"
     counted = "all" if plan.recipe == "2025" else "transformer matrices + lm_head"
     lines = [
         ("depth", str(plan.depth), f"the dial, {plan.recipe} recipe"),
-        ("width", str(config.n_embd), f"{settings.aspect_ratio} × depth, in whole heads"),
+        ("width", str(config.n_embd), width_rule),
         ("heads", str(config.n_head), f"width / {config.head_dim}"),
         ("key/value heads", str(config.n_kv_head), f"of {config.head_dim} channels"),
         ("context", f"{config.sequence_len:,}", "tokens a row"),
@@ -411,7 +410,7 @@ def _explain_length(plan: Plan) -> list[tuple[str, str, str]]:
             str(plan.grad_accum_steps),
             f"batch / ({micro} × {plan.n_devices} devices)",
         ),
-        ("steps", f"{plan.num_iterations:,}", plan.horizon),
+        ("steps", f"{plan.num_iterations:,}", plan.length_rule),
         ("tokens", f"{plan.total_tokens:,}", "steps × batch"),
         (
             "tokens per parameter",

@@ -16,11 +16,11 @@ from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.distributed import start
 from nanochat_jax.stages.finetuning import finetune
-from nanochat_jax.stages.settings import MidtrainConfig
+from nanochat_jax.stages.settings import FinetuneConfig
 
 
 def main() -> None:
-    config = parse(MidtrainConfig, "midtrain", description=__doc__)
+    config = parse(FinetuneConfig, "midtrain", description=__doc__)
     start()
     sys.exit(finetune("midtrain", config))
 

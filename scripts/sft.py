@@ -17,11 +17,11 @@ from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.distributed import start
 from nanochat_jax.stages.finetuning import finetune
-from nanochat_jax.stages.settings import SftConfig
+from nanochat_jax.stages.settings import FinetuneConfig
 
 
 def main() -> None:
-    config = parse(SftConfig, "sft", description=__doc__)
+    config = parse(FinetuneConfig, "sft", description=__doc__)
     start()
     sys.exit(finetune("sft", config))
 

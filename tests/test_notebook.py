@@ -24,7 +24,7 @@ from nanochat_jax.runs import read_metrics
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.stages.finetuning import finetune
 from nanochat_jax.stages.pretraining import pretrain
-from nanochat_jax.stages.settings import PretrainConfig, SftConfig
+from nanochat_jax.stages.settings import FinetuneConfig, PretrainConfig
 from nanochat_jax.tasks.registry import make_task
 
 NOTEBOOK = ROOT / "notebooks" / "evaluate_checkpoint.ipynb"
@@ -46,7 +46,7 @@ def base(tmp_path_factory) -> Path:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         assert pretrain(PretrainConfig(run="base", **shape, **data, **how)) == 0
         tasks = {"source": "base", "tasks": "arithmetic[60]"}
-        assert finetune("sft", SftConfig(run="chat", **tasks, **how)) == 0
+        assert finetune("sft", FinetuneConfig(run="chat", **tasks, **how)) == 0
     return folder
 
 

@@ -22,6 +22,9 @@ from typing import Any, Self
 import grain
 import numpy as np
 
+STREAMS = 8
+MIN_EXAMPLES = 16  # of a stream
+
 
 @dataclass
 class Counters:
@@ -226,3 +229,27 @@ class Layout:
             )
         owned = self.streams // process_count
         return range(process_index * owned, (process_index + 1) * owned)
+
+
+def choose_streams(
+    process_count: int,
+    rows: int | None = None,
+    asked: int | None = None,
+    n_examples: int | None = None,
+) -> int:
+    """Logical streams for a step of so many rows: STREAMS, where rows and processes allow it.
+
+    Of few examples fewer, since a stream meets the same ones again and again: it should have at
+    least MIN_EXAMPLES. `asked` goes before all of this; ValueError where it does not divide.
+    """
+    most = math.lcm(STREAMS, process_count)
+    if rows is not None:
+        most = math.gcd(most, rows)
+    if n_examples is not None:
+        fitting = [s for s in range(1, most + 1) if most % s == 0 and s % process_count == 0]
+        enough = [s for s in fitting if s * MIN_EXAMPLES <= n_examples]
+        most = max(enough, default=process_count)
+    streams = asked or most
+    if rows is not None:
+        Layout(rows, 1, streams, 0).owned_streams(0, process_count)
+    return streams

@@ -1,292 +1,420 @@
-"""The training loop that pre-, mid- and fine-training share.
+"""The training loop: `run(stage)` locks the run's folder, begins or resumes, trains, and saves.
 
-Batches go in; numbers, samples and checkpoints come out. What a stage trains, measures and saves is
-given to `run_training` as functions, so the loop runs in a test as it runs on a cluster. It reads
-the metrics of a step while the device computes the next one, so the device never waits for Python.
+Batches go in; numbers, samples and checkpoints come out. The metrics of a step are read while the
+device computes the next one, so the device never waits for Python.
 """
 
 import gc
+import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from shlex import quote
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from nanochat_jax.distributed import say
-from nanochat_jax.gpt import Params
-from nanochat_jax.runs import Tracker
-from nanochat_jax.train import Metrics, TrainState
+from nanochat_jax.checkpoint import Checkpoints, model_meta
+from nanochat_jax.data.loader import merge_states
+from nanochat_jax.distributed import gather_json, is_main_process, provenance, say, wait_for_all
+from nanochat_jax.runs import (
+    CONFIG_FILE,
+    Meter,
+    Tracker,
+    check_fingerprint,
+    check_unused,
+    clear_run,
+    cut_metrics,
+    lock_run,
+    record,
+    write_run_files,
+)
+from nanochat_jax.stages.stage import Loader, Stage
+from nanochat_jax.train import (
+    Metrics,
+    TrainState,
+    abstract_logical_state,
+    make_state_to_logical,
+    state_from_logical,
+)
 
+NON_FINITE_FILE = "nonfinite.json"
 SMOOTHING = 0.9  # of the loss that is printed
 COLLECT_EVERY = 5000  # steps between collections of cyclic garbage
 
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """How long, how often, and what a step is worth. An interval of 0 or less means never."""
-
-    num_steps: int
-    tokens_per_step: int | None  # None: it varies, the step's metrics tell their "tokens"
-    eval_every: int = 0
-    sample_every: int = 0
-    save_every: int = 0  # besides the end, which is always saved
-    lr_multiplier: Callable[[int], float] = lambda step: 1.0
-    flops_per_token: float = 0.0
-    peak_flops: float | None = None  # of all devices together; None: no MFU
-    at_once: bool = False  # record a step before the next begins: where steps wait for the device
-
-    def duties(self, step: int) -> list[str]:
-        """What is due once `step` updates have been made, in order."""
-        every = {"val": self.eval_every, "sample": self.sample_every, "save": self.save_every}
-        last = step == self.num_steps
-        due = [d for d, n in every.items() if n > 0 and (last or step % n == 0)]
-        if step == 0:  # an untrained model is worth measuring (a fault shows at once), no more
-            return [duty for duty in due if duty == "val"]
-        return [*due, "save"] if last and "save" not in due else due
-
-
-@dataclass(frozen=True)
-class Progress:
+class LoopProgress:
     """What the host knows besides the state; saved with every checkpoint."""
 
     smoothed_loss: float = 0.0  # exponential average, biased towards 0
     train_seconds: float = 0.0  # without compiling, measuring, sampling and saving
     val_bpb: float | None = None
     best_val_bpb: float | None = None
-    done: tuple[str, ...] = ()  # duties of the present step that need no repetition
-
-
-class Actions(NamedTuple):
-    """What a stage does when it is due. `evaluate` may return None when told to stop."""
-
-    evaluate: Callable[[Params], dict[str, float] | None]
-    sample: Callable[[Params], list[tuple[str, str]]]  # (prompt, completion)
-    save: Callable[[TrainState, Progress], None]
-
-
-class Fed(NamedTuple):
-    batch: Any
-    origin: dict[str, Any]  # the loader's state before this batch: it identifies the batch
-    began: float  # seconds on the clock of time.perf_counter
-    waited: float  # seconds that rows and their way to the device took
-
-
-class RowSource(Protocol):
-    def __next__(self) -> np.ndarray: ...
-    def get_state(self) -> dict[str, Any]: ...
-
-
-class Feed:
-    """Rows of the loader -> batches on the mesh."""
-
-    def __init__(self, loader: RowSource, put: Callable[[np.ndarray], Any]):
-        self._loader, self._put = loader, put
-
-    def next(self) -> Fed:
-        began = time.perf_counter()
-        origin = self._loader.get_state()
-        batch = self._put(next(self._loader))
-        return Fed(batch, origin, began, time.perf_counter() - began)
+    done: tuple[str, ...] = ()  # events of the present step that need no repetition
 
 
 class NonFiniteError(Exception):
-    """A loss or a gradient is NaN or infinite; `origin` identifies the batch."""
+    """A loss, gradient or parameter is NaN or infinite; `loader_state` identifies the batch."""
 
-    def __init__(self, step: int, what: str, origin: dict[str, Any]):
+    def __init__(self, step: int, what: str, loader_state: dict[str, Any]):
         super().__init__(f"{what} at step {step}")
-        self.step, self.what, self.origin = step, what, origin
+        self.step, self.what, self.loader_state = step, what, loader_state
 
 
-class Outcome(NamedTuple):
+class Trained(NamedTuple):
+    """How the loop ended."""
+
     state: TrainState
-    progress: Progress
+    progress: LoopProgress
     stopped_by: str | None  # the signal that ended the run early
 
 
-# --- the loop -------------------------------------------------------------------------------------
+type Save = Callable[[TrainState, LoopProgress], None]
 
 
-def run_training(
-    config: LoopConfig,
+def run(stage: Stage) -> int:
+    """Trains a stage, or resumes it; returns the exit code."""
+    config, folder, is_first = stage.config, stage.folder, is_main_process()
+    # 1. The folder is this run's, and nobody else writes into it.
+    check_unused(folder, config.resume, config.overwrite)
+    wait_for_all("checked")
+    with lock_run(folder) if is_first else nullcontext():
+        if is_first:
+            clear_run(folder, config.overwrite)
+            stage.announce()
+        meter = Meter(folder, stage.name)
+        wait_for_all("ready")
+        with Checkpoints(folder, config.keep_last) as checkpoints:
+            # 2. A fresh state, or the last checkpoint's.
+            state, progress, loader = begin(stage, checkpoints)
+            tracker = Tracker(
+                folder,
+                name=config.run,
+                config=asdict(config),
+                wandb_mode=config.wandb,
+                write=is_first,
+            )
+            # 3. The loop; the last checkpoint is on disk before signals are no longer caught.
+            try:
+                with stop_on_signals() as stop, loader:
+                    if int(state.step) == 0:
+                        tracker.log("plan", 0, **stage.plan_record())
+                    save = make_save(stage, checkpoints, loader)
+                    trained = train(stage, state, progress, loader, tracker, save, stop)
+                    checkpoints.wait()
+            except NonFiniteError as error:
+                return report_non_finite(stage, error)
+            finally:
+                tracker.close()
+        # 4. What was trained, and what to do next.
+        report_end(stage, trained, meter)
+    return 0
+
+
+def begin(stage: Stage, checkpoints: Checkpoints) -> tuple[TrainState, LoopProgress, Loader]:
+    """A fresh state, or the last checkpoint's when resuming. Resuming in this order:
+
+    1. the fingerprint is compared before anything is touched; 2. the arrays; 3. the data pipeline;
+    4. the records beyond the checkpoint are cut off; 5. configuration and tokenizer are written.
+    """
+    step = checkpoints.latest()
+    if step is None:
+        state, progress, loader_state = stage.initial_state(), LoopProgress(), None
+    else:
+        meta, loader_state = checkpoints.meta(step), checkpoints.loader_state(step)
+        check_fingerprint(stage.folder, meta["identity"], stage.fingerprint())
+        abstract = abstract_logical_state(stage.model, stage.optimizer, stage.mesh)
+        state = state_from_logical(stage.mesh, checkpoints.restore(step, abstract))
+        progress = LoopProgress(**{**meta["progress"], "done": tuple(meta["progress"]["done"])})
+    loader = stage.loader(loader_state)
+
+    def is_before(record: dict[str, Any]) -> bool:
+        if step is None:
+            return False
+        at_step = record["step"] == step and record["kind"] in progress.done
+        return record["step"] < step or at_step
+
+    if is_main_process():
+        cut_metrics(stage.folder, is_before)
+        settings = replace(stage.config, resume=False, overwrite=False)
+        write_run_files(stage.folder, settings, stage.tokenizer)
+    if stage.config.resume:
+        say(f"resuming at step {step}" if step else "nothing to resume yet: starting at step 0")
+    return state, progress, loader
+
+
+def train(
+    stage: Stage,
     state: TrainState,
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
-    feed: Feed,
-    actions: Actions,
+    progress: LoopProgress,
+    loader: Loader,
     tracker: Tracker,
-    progress: Progress | None = None,
-    stop: "StopRequest | None" = None,
-) -> Outcome:
-    """Trains from `state.step` to `config.num_steps`.
+    save: Save,
+    stop: "StopRequest",
+) -> Trained:
+    """Trains from `state.step` to `stage.num_steps`.
 
     After each step, in this order, on which resuming relies: (1) measure, (2) sample, (3) save,
     each when it is due and not already done at this step; a request to stop skips to (3) and ends
     the run; (4) train one step. Raises NonFiniteError before anything of that step is saved.
     """
-    stop = stop or StopRequest()
-    step = int(state.step)
-    journal = Journal(config, tracker, progress or Progress())
+    step, train_step = int(state.step), stage.train_step()
+    logger = MetricsLogger(stage, tracker, progress)
     with garbage_collector_paused() as collect:
         while True:
-            duties, stopping = config.duties(step), stop.asked(step)
-            if duties or stopping:
-                journal.settle()
-                stopping = _do(duties, state, step, actions, journal, tracker, stop)
+            due, stopping = events_due(stage, step), stop.asked(step)
+            if due or stopping:
+                logger.flush()
+                for event in due:
+                    if event in logger.progress.done or stop.asked(step):
+                        continue
+                    if event == "val":
+                        measure(stage, state, step, logger, stop)
+                    elif event == "sample":
+                        show_samples(stage, state, step, logger)
+                stopping = stop.asked(step)
+                saving = ("save" in due or stopping) and step > 0
+                if saving and "save" not in logger.progress.done:
+                    logger.done("save")
+                    save(state, logger.progress)
                 collect()
-            if stopping or step >= config.num_steps:
-                return Outcome(state, journal.progress, stop.reason() if stopping else None)
-            fed = feed.next()
-            state, metrics = train_step(state, fed.batch)
-            journal.follow(step, metrics, fed)
-            if config.at_once:
-                journal.settle()
+            if stopping or step >= stage.num_steps:
+                return Trained(state, logger.progress, stop.reason() if stopping else None)
+            began, loader_state = time.perf_counter(), loader.get_state()
+            batch = stage.put(next(loader))
+            waited = time.perf_counter() - began
+            state, metrics = train_step(state, batch)
+            logger.record(step, metrics, loader_state, began, waited)
+            if not stage.defer_metrics:
+                logger.flush()
             step += 1
-            if journal.counted == 1 or step % COLLECT_EVERY == 0:
+            if logger.counted == 1 or step % COLLECT_EVERY == 0:
                 collect()
 
 
-def _do(
-    duties: list[str],
-    state: TrainState,
-    step: int,
-    actions: Actions,
-    journal: "Journal",
-    tracker: Tracker,
-    stop: "StopRequest",
-) -> bool:
-    """Does what is due and not done yet; returns whether the run ends here, saved, on request."""
-    for duty in duties:
-        if duty in journal.progress.done or duty == "save" or stop.asked(step):
-            continue
-        if duty == "val":
-            _measure(state, step, actions, journal, tracker)
-        else:
-            _show_samples(state, step, actions, journal, tracker)
-    stopping = stop.asked(step)
-    if ("save" in duties or stopping) and "save" not in journal.progress.done and step > 0:
-        journal.finish("save")
-        actions.save(state, journal.progress)
-    return stopping
+def events_due(stage: Stage, step: int) -> list[str]:
+    """What is due once `step` updates have been made, in order; an interval of 0 means never."""
+    config, last = stage.config, step == stage.num_steps
+    every = {"val": config.eval_every, "sample": config.sample_every, "save": config.save_every}
+    due = [event for event, n in every.items() if n > 0 and (last or step % n == 0)]
+    if step == 0:  # an untrained model is worth measuring (a fault shows at once), no more
+        return [event for event in due if event == "val"]
+    return [*due, "save"] if last and "save" not in due else due
 
 
-def _measure(state, step: int, actions: Actions, journal: "Journal", tracker: Tracker) -> None:
-    result = actions.evaluate(state.params)
+def measure(
+    stage: Stage, state: TrainState, step: int, logger: "MetricsLogger", stop: "StopRequest"
+) -> None:
+    result = stage.evaluate(state.params, lambda: stop.signal is not None)
     if result is None:
         return
     if "bpb" not in result:
-        tracker.log("val", step, **result)
+        logger.tracker.log("val", step, **result)
         say(f"step {step:05d} | " + ", ".join(f"{n} {v:.4f}" for n, v in result.items()))
-        return journal.finish("val")
-    bpb, best = result["bpb"], journal.progress.best_val_bpb
+        return logger.done("val")
+    bpb, best = result["bpb"], logger.progress.best_val_bpb
     best = bpb if best is None else min(best, bpb)
-    tracker.log("val", step, **result, best_bpb=best)
+    logger.tracker.log("val", step, **result, best_bpb=best)
     say(f"step {step:05d} | validation: {bpb:.6f} bits per byte (best {best:.6f})")
-    journal.finish("val", val_bpb=bpb, best_val_bpb=best)
+    logger.done("val", val_bpb=bpb, best_val_bpb=best)
 
 
-def _show_samples(state, step: int, actions: Actions, journal: "Journal", tracker: Tracker) -> None:
-    samples = actions.sample(state.params)
+def show_samples(stage: Stage, state: TrainState, step: int, logger: "MetricsLogger") -> None:
+    samples = stage.sample(state.params)
     for prompt, text in samples:
         say(f"step {step:05d} | {prompt!r} → {text!r}")
-    tracker.log("sample", step, texts=[[prompt, text] for prompt, text in samples])
-    journal.finish("sample")
+    logger.tracker.log("sample", step, texts=[[prompt, text] for prompt, text in samples])
+    logger.done("sample")
 
 
-# --- the journal ----------------------------------------------------------------------------------
+# --- saving, and how it ended ---------------------------------------------------------------------
 
 
-@dataclass
-class Journal:
+def make_save(stage: Stage, checkpoints: Checkpoints, loader: Loader) -> Save:
+    """The function that begins to save a state.
+
+    Parameters that are not finite are never saved: NonFiniteError.
+    """
+    to_logical = make_state_to_logical(stage.model, stage.optimizer, stage.mesh)
+    all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params])))
+    # All of a run that is neither an array nor the data's state, nor changes from step to step.
+    constant = {
+        "format": 1,
+        "stage": stage.name,
+        **model_meta(stage.model.config),
+        "identity": stage.fingerprint(),
+        "config": asdict(stage.config),
+        "plan": stage.plan_record(),
+        "provenance": provenance(),
+        **({"source": stage.source_meta} if stage.source else {}),
+    }
+
+    def save(state: TrainState, progress: LoopProgress) -> None:
+        step = int(state.step)
+        if not all_finite(list(state.params.values())):
+            raise NonFiniteError(step, "a parameter is not finite", loader.get_state())
+        meta = {
+            **constant,
+            "step": step,
+            "val_bpb": progress.val_bpb if "val" in progress.done else None,
+            "progress": asdict(progress),
+        }
+        checkpoints.save(to_logical(state), meta, merge_over_processes(loader.get_state()))
+
+    return save
+
+
+def merge_over_processes(loader_state: dict[str, Any]) -> dict[str, Any]:
+    """The data states of all processes as one; every process must call it."""
+    return merge_states(gather_json(loader_state))
+
+
+def report_non_finite(stage: Stage, error: NonFiniteError) -> int:
+    """Writes down which batch it was; returns the exit code."""
+    path = stage.folder / NON_FINITE_FILE
+    loader_state = merge_over_processes(error.loader_state)
+    found = {"step": error.step, "what": error.what, "loader": loader_state}
+    if is_main_process():
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(
+            f"error: {error}; {path} describes the batch. Nothing was overwritten: --resume "
+            "continues from the last checkpoint, with a lower learning rate only as another --run",
+            file=sys.stderr,
+        )
+    return 1
+
+
+def report_end(stage: Stage, trained: Trained, meter: Meter) -> None:
+    step, progress = int(trained.state.step), trained.progress
+    best = f", best {progress.best_val_bpb:.6f} bits per byte" if progress.best_val_bpb else ""
+    tokens = f", {step * stage.tokens_per_step:,} tokens" if stage.tokens_per_step else ""
+    say(f"{step} steps{tokens}, {progress.train_seconds / 60:.2f} min of training{best}")
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if memory:
+        say(f"peak memory {memory / 2**30:.2f} GiB a device")
+    if is_main_process():
+        totals = stage.totals()
+        values = {"steps": step, "best_bpb": progress.best_val_bpb, **totals, **meter.read()}
+        record(stage.folder, stage.name, {n: v for n, v in values.items() if v is not None})
+        if totals:
+            say(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in totals.items()))
+    if step == stage.num_steps:
+        say(f"finished; try it: {stage.try_it()}")
+    elif trained.stopped_by:
+        say(
+            f"stopped by {trained.stopped_by} after step {step} of {stage.num_steps}; saved. "
+            f"Continue with: python scripts/{stage.name}.py "
+            f"--config {quote(str(stage.folder / CONFIG_FILE))} --resume"
+        )
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+class MetricsLogger:
     """Turns the metrics of steps into records and lines, one step behind the device."""
 
-    config: LoopConfig
-    tracker: Tracker
-    progress: Progress
-    counted: int = 0  # steps recorded by this process
-    _seconds: float = 0.0  # their time, without the first one, which compiles
-    _ready: float = 0.0  # when the last recorded step was seen to be finished
-    _pending: tuple[int, Metrics, Fed] | None = field(default=None)
+    def __init__(self, stage: Stage, tracker: Tracker, progress: LoopProgress):
+        self.stage, self.tracker, self.progress = stage, tracker, progress
+        self.counted = 0  # steps recorded by this process
+        self._seconds = 0.0  # their time, without the first one, which compiles
+        self._ready = 0.0  # when the last recorded step was seen to be finished
+        self._pending: Callable[[], None] | None = None  # records the step dispatched last
 
-    def follow(self, step: int, metrics: Metrics, fed: Fed) -> None:
-        """Takes note of a step just dispatched and records the one before it."""
-        self.settle()
-        self._pending = step, metrics, fed
+    def record(
+        self,
+        step: int,
+        metrics: Metrics,
+        loader_state: dict[str, Any],
+        began: float,
+        waited: float,
+    ) -> None:
+        """Takes note of a step just dispatched, and records the one before it.
+
+        `loader_state` is that before its batch; `began` is on the clock of time.perf_counter;
+        `waited` is the seconds that its rows and their way to the device took.
+        """
+        self.flush()
+        self._pending = partial(self._record, step, metrics, loader_state, began, waited)
         self.progress = replace(self.progress, done=())
 
-    def finish(self, duty: str, **values: Any) -> None:
-        """Takes note of a duty done at the present step."""
-        self.progress = replace(self.progress, done=(*self.progress.done, duty), **values)
+    def done(self, event: str, **values: Any) -> None:
+        """Takes note of an event done at the present step."""
+        self.progress = replace(self.progress, done=(*self.progress.done, event), **values)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Waits for the step that is still unrecorded, if any, and records it."""
-        if self._pending is None:
-            return
-        (step, metrics, fed), self._pending = self._pending, None
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending()
+
+    def _record(self, step: int, metrics: Metrics, loader_state, began: float, waited: float):
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        dt, self._ready = now - max(self._ready, fed.began), now
+        dt, self._ready = now - max(self._ready, began), now
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values.get(name, 0.0)):
-                raise NonFiniteError(step, f"{name} is {values[name]}", fed.origin)
-        self._record(step, values, dt, fed.waited)
-
-    def _record(self, step: int, values: dict[str, float], dt: float, waited: float) -> None:
-        first = self.counted == 0
+                raise NonFiniteError(step, f"{name} is {values[name]}", loader_state)
         self.counted += 1
-        self._seconds += 0.0 if first else dt
+        counted_dt = dt if self.counted > 1 else 0.0
+        self._seconds += counted_dt
         smoothed = SMOOTHING * self.progress.smoothed_loss + (1 - SMOOTHING) * values["loss"]
-        seconds = self.progress.train_seconds + (0.0 if first else dt)
+        seconds = self.progress.train_seconds + counted_dt
         self.progress = replace(self.progress, smoothed_loss=smoothed, train_seconds=seconds)
-        record = {
+        per_step = self.stage.tokens_per_step
+        entry = {
             **values,
             "smoothed_loss": smoothed / (1 - SMOOTHING ** (step + 1)),
-            "lr_multiplier": self.config.lr_multiplier(step),
-            **self._speed(step, self.config.tokens_per_step or values["tokens"], dt, waited),
+            "lr_multiplier": self.stage.lr_multiplier(step),
+            **self._speed(step, per_step or values["tokens"], dt, waited),
             "train_seconds": seconds,
         }
-        if self.config.tokens_per_step is not None:
-            record["tokens"] = self.config.tokens_per_step * (step + 1)
-        self.tracker.log("train", step, **record)
-        say(progress_line(step, self.config.num_steps, record))
+        if per_step is not None:
+            entry["tokens"] = per_step * (step + 1)
+        self.tracker.log("train", step, **entry)
+        say(progress_line(step, self.stage.num_steps, entry))
 
     def _speed(self, step: int, tokens: float, dt: float, waited: float) -> dict[str, float]:
         tokens_per_s = tokens / dt
         speed = {"dt": dt, "tokens_per_s": tokens_per_s, "data_wait": waited}
-        if self.config.peak_flops and self.config.flops_per_token:
-            speed["mfu"] = self.config.flops_per_token * tokens_per_s / self.config.peak_flops
+        if self.stage.peak_flops and self.stage.flops_per_token:
+            speed["mfu"] = self.stage.flops_per_token * tokens_per_s / self.stage.peak_flops
         if self.counted > 1:
-            left = self.config.num_steps - step - 1
+            left = self.stage.num_steps - step - 1
             speed["eta_seconds"] = left * self._seconds / (self.counted - 1)
         return speed
 
 
-def progress_line(step: int, num_steps: int, record: dict[str, float]) -> str:
+def progress_line(step: int, num_steps: int, entry: dict[str, float]) -> str:
     """One line of a run's output: what has just been recorded."""
     parts = [
         f"step {step:05d}/{num_steps:05d} ({100 * step / num_steps:.2f}%)",
-        f"loss {record['loss']:.6f} (smoothed {record['smoothed_loss']:.6f})",
-        f"lrm {record['lr_multiplier']:.2f}",
-        f"dt {record['dt'] * 1e3:.2f} ms (data {record['data_wait'] * 1e3:.2f})",
-        f"{record['tokens_per_s']:,.0f} tok/s",
+        f"loss {entry['loss']:.6f} (smoothed {entry['smoothed_loss']:.6f})",
+        f"lrm {entry['lr_multiplier']:.2f}",
+        f"dt {entry['dt'] * 1e3:.2f} ms (data {entry['data_wait'] * 1e3:.2f})",
+        f"{entry['tokens_per_s']:,.0f} tok/s",
     ]
-    if "grad_norm" in record:
-        parts.insert(2, f"norm {record['grad_norm']:.4f}")
-    if "reward" in record:
-        parts.insert(1, f"reward {record['reward']:.4f}")
-    if "mfu" in record:
-        parts.append(f"mfu {100 * record['mfu']:.2f}%")
-    if "eta_seconds" in record:
-        parts.append(f"eta {record['eta_seconds'] / 60:.1f} min")
+    if "grad_norm" in entry:
+        parts.insert(2, f"norm {entry['grad_norm']:.4f}")
+    if "reward" in entry:
+        parts.insert(1, f"reward {entry['reward']:.4f}")
+    if "mfu" in entry:
+        parts.append(f"mfu {100 * entry['mfu']:.2f}%")
+    if "eta_seconds" in entry:
+        parts.append(f"eta {entry['eta_seconds'] / 60:.1f} min")
     return " | ".join(parts)
 
 
-# --- stopping and tidying -------------------------------------------------------------------------
+# --- stopping and garbage -------------------------------------------------------------------------
 
 
 class StopRequest:

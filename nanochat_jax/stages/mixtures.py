@@ -7,7 +7,7 @@ names tasks of tasks/registry.py; NAME*N is seen N times a pass, NAME[N] is its 
 
 import re
 from collections.abc import Iterator
-from math import ceil, gcd, lcm
+from math import ceil, lcm
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,8 +22,8 @@ from nanochat_jax.data.conversations import (
     estimate_epoch,
     first_batches,
 )
+from nanochat_jax.data.loader import choose_streams
 from nanochat_jax.distributed import say
-from nanochat_jax.stages.stage import STREAMS
 from nanochat_jax.tasks.mixture import Mixture, Slice
 from nanochat_jax.tasks.registry import make_task, missing, prepare, source_of
 from nanochat_jax.tasks.task import Task
@@ -43,7 +43,6 @@ EMBEDDED_TASKS = (
 )
 TEST_TASKS = {"mmlu-aux": "mmlu"}  # the task that has a test part, where it is another
 VAL_EVERY = 20  # one example in so many
-MIN_PER_STREAM = 16  # conversations of a stream
 VAL_SAMPLE = 512  # validation conversations that tell how many rows all of them make
 
 _TASK = re.compile(r"(?P<name>[^\[\]*]+)(\[(?P<limit>[1-9]\d*)\])?(\*(?P<times>[1-9]\d*))?")
@@ -140,17 +139,6 @@ def _test_split(name: str) -> str:
     return "test"
 
 
-def streams_of(n_conversations: int, rows: int) -> int:
-    """Logical streams for rows of so many conversations: 8, or fewer where these are few.
-
-    A stream may meet the same few conversations again and again; none of them should be all it has.
-    """
-    processes = jax.process_count()
-    most = gcd(lcm(STREAMS, processes), rows)
-    fitting = [s for s in range(1, most + 1) if most % s == 0 and s % processes == 0]
-    return max((s for s in fitting if s * MIN_PER_STREAM <= n_conversations), default=processes)
-
-
 # --- what the model is measured on ----------------------------------------------------------------
 
 
@@ -162,7 +150,10 @@ def validation_batches(
     About one pass, and `n_tokens` at most, but never less than one round of the streams; the same
     rows on any number of devices, as long as nothing has to be rounded.
     """
-    length, streams = source.row_len - 1, streams_of(len(source), STREAMS * jax.process_count())
+    length, streams = (
+        source.row_len - 1,
+        choose_streams(jax.process_count(), n_examples=len(source)),
+    )
     round_rows = lcm(rows, streams)
     one_pass = ceil(estimate_epoch(source, pad_id, VAL_SAMPLE).rows)
     rounds = first_batches(

@@ -1,35 +1,32 @@
 """Reinforcement learning as a stage: a fine-tuned run becomes one that earns more reward.
 
-scripts/rl.py is the command line of `reinforce`. One step: questions are asked with the present
-weights, several answers each; the task's judge rewards them; the policy is updated with the same
-sharded step as in pretraining (train.py), but for its loss (rl.py).
+scripts/rl.py is the command line of `reinforce`. One step: the present weights answer questions,
+several times each (rollouts.py); the task's judge rewards the answers; the policy is updated with
+the same sharded step as in pretraining (train.py), but for its loss (policy.py).
 """
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from shlex import quote
 from time import perf_counter
 from typing import Any, cast
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
-from nanochat_jax.attention import attention_kernel
-from nanochat_jax.checkpoint import load_model, model_meta
+from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import progress_bar
 from nanochat_jax.distributed import is_main_process, say
-from nanochat_jax.engine.engine import Engine, make_engine
-from nanochat_jax.gpt import GPT, Params, compute_dtype
+from nanochat_jax.engine.engine import make_engine
+from nanochat_jax.gpt import Params, make_model
 from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
-from nanochat_jax.runs import cut_metrics, run_folder
+from nanochat_jax.runs import cut_metrics
 from nanochat_jax.sharding import make_mesh, own_mesh
 from nanochat_jax.stages import policy
+from nanochat_jax.stages.loop import run
 from nanochat_jax.stages.rollouts import (
     Answered,
     Interview,
@@ -40,108 +37,55 @@ from nanochat_jax.stages.rollouts import (
     summary,
     transcripts,
 )
-from nanochat_jax.stages.settings import RlConfig
-from nanochat_jax.stages.stage import (
-    Evaluate,
-    Sample,
-    Stage,
-    find_source,
-    loop_config,
-    run_stage,
-    tokenizer_identity,
-    tokenizer_of,
-)
+from nanochat_jax.stages.settings import Objective, RlConfig
+from nanochat_jax.stages.stage import Source, Stage, TrainStep, find_source, load_tokenizer
 from nanochat_jax.tasks.registry import JSON, make_task
 from nanochat_jax.tasks.task import Task, check_answered
-from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState, init_state, make_own_gather, make_train_step
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
 MOMENTUM = 0.95  # of Muon, from the first step to the last
 ROW_WIDTHS = {"cudnn": (128,), "blocked": (16, 32, 64, 128)}  # what rows are padded to
-SHOWN = 2  # held-out questions whose answers are shown
-
-type Lend = Callable[[Params], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything of a run that does not change while it goes on."""
-
-    config: RlConfig
-    folder: Path
-    source_meta: dict[str, Any]  # of the checkpoint that training begins with
-    model: GPT
-    tokenizer: Tokenizer
-    optimizer: optax.GradientTransformation
-    optim_config: OptimConfig
-    mesh: Mesh
-    train_task: Task
-    test_task: Task
-    num_steps: int
-    interview: Interview
-
-    def identity(self) -> dict[str, Any]:
-        """All that decides the numbers of the run; equal before and after a resume."""
-        config = self.config
-        drawing = ("questions_per_step", "samples", "max_new_tokens", "temperature", "top_k")
-        return {
-            **model_meta(self.model.config),
-            "source": {"run": config.source, "step": self.source_meta["step"]},
-            "optimizer": asdict(self.optim_config),
-            "objective": asdict(config.objective()),
-            "updates": config.updates,
-            "answers": {name: getattr(config, name) for name in drawing},
-            "task": {"name": config.task, "questions": len(self.train_task)},
-            "tokenizer": tokenizer_identity(self.tokenizer),
-            "seed": config.seed,
-            "dtype": np.dtype(self.model.dtype).name,
-        }
-
-
-def reinforce(config: RlConfig) -> int:
-    """Trains, or goes on training; returns the exit code."""
-    return run_stage(_stage(prepare(config)))
-
+N_SHOWN = 2  # held-out questions whose answers are shown
+SAMPLING_SETTINGS = ("questions_per_step", "samples", "max_new_tokens", "temperature", "top_k")
 
 # --- deciding -------------------------------------------------------------------------------------
 
 
-def prepare(config: RlConfig) -> Job:
-    """Reads and decides all that the run needs, and writes nothing; ValueErrors say what lacks."""
-    train_task, test_task = _tasks(config)
+def make_stage(config: RlConfig) -> "RLStage":
+    """Reads and decides all that the run needs; ValueErrors say what is missing."""
+    train_task, test_task = make_tasks(config)
     source = find_source(config.source, config.source_step, ("sft",))
-    meta, gpt_config = source.meta, source.gpt_config
-    mesh, dtype = make_mesh(config.n_devices), compute_dtype(config.dtype)
-    kernel = attention_kernel(config.attention, dtype, gpt_config.sequence_len, gpt_config.head_dim)
-    model = GPT(gpt_config, dtype, kernel)
-    tokenizer = tokenizer_of(source)
+    mesh = make_mesh(config.n_devices)
+    model = make_model(source.gpt_config, config.dtype, config.attention)
+    tokenizer = load_tokenizer(source)
     num_steps = config.num_iterations or max(
         1, config.epochs * len(train_task) // config.questions_per_step
     )
-    optim_config = inherit(meta, config, num_steps)
-    decided = replace(
-        config,
-        run=config.run or f"{source.folder.name.removesuffix('-sft')}-rl",
-        source=source.name,
-        source_step=str(source.step),
-        num_iterations=num_steps,
-        dtype=cast(Any, np.dtype(dtype).name),
-    )
-    return Job(
-        config=decided,
-        folder=run_folder(decided.run),
-        source_meta=meta,
+    optim_config = rl_optimizer(source, config, num_steps)
+    slots = -(-config.slots // jax.process_count())  # each process has an engine of its own
+    return RLStage(
+        name="rl",
+        config=replace(
+            config,
+            run=config.run or f"{source.folder.name.removesuffix('-sft')}-rl",
+            source=source.name,
+            source_step=str(source.step),
+            num_iterations=num_steps,
+            dtype=cast(Any, np.dtype(model.dtype).name),
+        ),
         model=model,
         tokenizer=tokenizer,
-        optimizer=make_optimizer(gpt_config, optim_config, dtype),
-        optim_config=optim_config,
         mesh=mesh,
+        optim_config=optim_config,
+        optimizer=make_optimizer(source.gpt_config, optim_config, model.dtype),
+        num_steps=num_steps,
+        defer_metrics=False,
+        source=source,
         train_task=train_task,
         test_task=test_task,
-        num_steps=num_steps,
         interview=Interview(
-            _engine(config, model, mesh),
+            make_engine(model, n_slots=slots, mesh=own_mesh(mesh)),
             tokenizer,
             config.max_new_tokens,
             config.temperature,
@@ -150,13 +94,8 @@ def prepare(config: RlConfig) -> Job:
     )
 
 
-def _engine(config: RlConfig, model: GPT, mesh: Mesh) -> Engine:
-    """Each process has its own."""
-    slots = -(-config.slots // jax.process_count())
-    return make_engine(model, n_slots=slots, mesh=own_mesh(mesh))
-
-
-def _tasks(config: RlConfig) -> tuple[Task, Task]:
+def make_tasks(config: RlConfig) -> tuple[Task, Task]:
+    """The questions to learn from, and the held-out ones."""
     name = config.eval_task or config.task
     split = "train" if name.startswith(JSON) else "test"  # a file has one split
     tasks = make_task(config.task), make_task(name, split, limit=config.eval_questions)
@@ -166,10 +105,10 @@ def _tasks(config: RlConfig) -> tuple[Task, Task]:
     return tasks
 
 
-def inherit(meta: dict[str, Any], config: RlConfig, num_steps: int) -> OptimConfig:
+def rl_optimizer(source: Source, config: RlConfig, num_steps: int) -> OptimConfig:
     """The source's learning rates, which are its base model's, with this stage's schedule."""
     return replace(
-        OptimConfig(**meta["identity"]["optimizer"]),
+        OptimConfig(**source.meta["identity"]["optimizer"]),
         num_iterations=num_steps * config.updates,
         lr_frac=config.lr_frac,
         warmup_steps=0,
@@ -184,186 +123,175 @@ def inherit(meta: dict[str, Any], config: RlConfig, num_steps: int) -> OptimConf
     )
 
 
-def _stage(job: Job) -> Stage:
-    config, identity, lend = job.config, job.identity(), make_lender(job)
-    return Stage(
-        name="rl",
-        config=config,
-        folder=job.folder,
-        model=job.model,
-        optimizer=job.optimizer,
-        mesh=job.mesh,
-        tokenizer=job.tokenizer,
-        loop=loop_config(
-            config,
-            job.mesh,
-            num_steps=job.num_steps,
-            tokens_per_step=None,
-            at_once=True,
-            lr_multiplier=lambda step: lr_multiplier(job.optim_config, step * config.updates),
-        ),
-        identity=identity,
-        plan={"num_iterations": job.num_steps, **identity["objective"], **identity["answers"]},
-        announce=partial(_announce, job),
-        fresh_state=partial(_fresh_state, job),
-        loader=partial(_questions, job),
-        put=lambda questions: questions,
-        train_step=partial(make_step, job, lend),
-        evaluate=partial(_evaluate, job, lend),
-        sample=partial(_sample, job, lend),
-        try_it=f"python scripts/chat.py --run {quote(config.run)}",
-        meta={"source": identity["source"]},
-    )
+def reinforce(config: RlConfig) -> int:
+    """Trains, or resumes; returns the exit code."""
+    return run(make_stage(config))
 
 
-def _announce(job: Job) -> None:
-    config = job.config
-    say(
-        f"{job.num_steps} steps: {config.questions_per_step} questions of {job.train_task.name} "
-        f"({len(job.train_task):,}) × {config.samples} answers of at most {config.max_new_tokens} "
-        f"tokens, from {config.source}, step {config.source_step}"
-    )
-    if (config.eval_task or config.task) == config.task and config.task.startswith(JSON):
-        say("measured on the same questions, as a file has no test part; --eval-task names others")
-    say(f"{job.mesh.size} × {job.mesh.devices.flat[0].device_kind}, {config.objective()}")
-    say(f"everything is kept in {job.folder}")
+# --- the stage ------------------------------------------------------------------------------------
 
 
-def _fresh_state(job: Job) -> TrainState:
-    """The source's weights and an optimizer that knows nothing yet."""
-    fresh = init_state(job.model, job.optimizer, job.mesh, jax.random.key(0))
-    return replace(fresh, params=_source_params(job))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RLStage(Stage):
+    config: RlConfig
+    source: Source
+    train_task: Task
+    test_task: Task
+    interview: Interview
 
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            **super().fingerprint(),
+            "objective": self._settings(field.name for field in fields(Objective)),
+            "updates": self.config.updates,
+            "answers": self._settings(SAMPLING_SETTINGS),
+            "task": {"name": self.config.task, "questions": len(self.train_task)},
+        }
 
-def _source_params(job: Job) -> Params:
-    step = job.source_meta["step"]
-    return load_model(run_folder(job.config.source), step, mesh=job.mesh).params
+    def plan_record(self) -> dict[str, Any]:
+        fingerprint = self.fingerprint()
+        return {
+            "num_iterations": self.num_steps,
+            **fingerprint["objective"],
+            **fingerprint["answers"],
+        }
 
+    def _settings(self, names) -> dict[str, Any]:
+        return {name: getattr(self.config, name) for name in names}
 
-def _questions(job: Job, state: dict[str, Any] | None) -> Questions:
-    """From the saved place on; what was told of questions beyond it is cut off."""
-    config = job.config
-    position = state["position"] if state else 0
-    step = position // config.questions_per_step
-    if is_main_process():
-        cut_metrics(job.folder, lambda record: record["step"] < step, TRANSCRIPTS_FILE)
-    return Questions(len(job.train_task), config.questions_per_step, config.seed, position)
+    def announce(self) -> None:
+        config = self.config
+        say(
+            f"{self.num_steps} steps: {config.questions_per_step} questions of "
+            f"{self.train_task.name} ({len(self.train_task):,}) × {config.samples} answers of at "
+            f"most {config.max_new_tokens} tokens, from {config.source}, step {config.source_step}"
+        )
+        if (config.eval_task or config.task) == config.task and config.task.startswith(JSON):
+            say("measured on the same questions, as a file has no test part; see --eval-task")
+        objective = self._settings(field.name for field in fields(Objective))
+        say(", ".join(f"{name} {value}" for name, value in objective.items() if value is not None))
+        self.say_devices()
 
+    def try_it(self) -> str:
+        return f"python scripts/chat.py --run {quote(self.config.run)}"
 
-# --- the step -------------------------------------------------------------------------------------
+    def lr_multiplier(self, step: int) -> float:
+        return lr_multiplier(self.optim_config, step * self.config.updates)
 
+    def initial_state(self) -> TrainState:
+        """The source's weights, and an optimizer without moments."""
+        fresh = init_state(self.model, self.optimizer, self.mesh, jax.random.key(0))
+        return replace(fresh, params=self._source_params())
 
-def make_step(
-    job: Job, lend: Lend
-) -> Callable[[TrainState, list[Question]], tuple[TrainState, dict[str, Any]]]:
-    """The function (state, questions) -> (state, metrics): answers, rewards, updates.
+    def _source_params(self) -> Params:
+        return load_model(self.source.folder, self.source.step, mesh=self.mesh).params
 
-    The state given in is donated.
-    """
-    config, objective = job.config, job.config.objective()
-    interview, task = job.interview, job.train_task
-    update = make_updates(job)
-
-    def step(state: TrainState, questions: list[Question]) -> tuple[TrainState, dict[str, Any]]:
-        began = perf_counter()
-        number = int(state.step)
-        with lend(state.params):
-            answered = interview.ask(task, questions, config.samples, task.reward)
-        told = {**summary(answered), "rollout_seconds": perf_counter() - began}
+    def loader(self, state: dict[str, Any] | None) -> Questions:
+        """From the saved place on; transcripts of what comes after it are cut off."""
+        config = self.config
+        position = state["position"] if state else 0
+        step = position // config.questions_per_step
         if is_main_process():
-            _write_transcripts(job, number, answered)
-        rollouts = [rollout for a in answered for rollout in a.rollouts]
-        rows = policy.make_rows(rollouts, job.tokenizer.bos_id, ROW_WIDTHS[job.model.attention])
-        at_once = config.device_batch_size * job.mesh.size
-        batch = policy.make_batch(rows, rewards_of(answered), objective, at_once)
-        state, metrics = update(state, batch)
-        return state, {**metrics, **told}
+            cut_metrics(self.folder, lambda record: record["step"] < step, TRANSCRIPTS_FILE)
+        return Questions(len(self.train_task), config.questions_per_step, config.seed, position)
 
-    return step
+    def put(self, questions: list[Question]) -> list[Question]:
+        return questions
 
+    # --- the step ---
 
-def make_lender(job: Job) -> Lend:
-    """The function that lets the engine have a state's weights; its memory is the training's."""
-    gather, engine = make_own_gather(job.model, job.mesh), job.interview.engine
+    def train_step(self) -> TrainStep:
+        """The function (state, questions) -> (state, metrics): answers, rewards, updates."""
+        config, widths = self.config, ROW_WIDTHS[self.model.attention]
+        update = self._make_updates()
+
+        def step(state: TrainState, questions: list[Question]) -> tuple[TrainState, dict]:
+            began, number = perf_counter(), int(state.step)
+            with self.synced_weights(state.params):
+                answered = self.interview.ask(
+                    self.train_task, questions, config.samples, self.train_task.reward
+                )
+            summed = {**summary(answered), "rollout_seconds": perf_counter() - began}
+            if is_main_process():
+                self._write_transcripts(number, answered)
+            rollouts = [rollout for a in answered for rollout in a.rollouts]
+            rows = policy.make_rows(rollouts, self.tokenizer.bos_id, widths)
+            micro_batch = config.device_batch_size * self.mesh.size
+            batch = policy.make_batch(rows, rewards_of(answered), config, micro_batch)
+            state, metrics = update(state, batch)
+            return state, {**metrics, **summed}
+
+        return step
 
     @contextmanager
-    def lend(params: Params) -> Iterator[None]:
-        engine.load_weights(gather(params))
+    def synced_weights(self, params: Params) -> Iterator[None]:
+        """The engine has the trainer's weights inside; outside its memory is the training's."""
+        self.interview.engine.load_weights(self._gather(params))
         try:
             yield
         finally:
-            engine.free()
+            self.interview.engine.free()
 
-    return lend
+    @cached_property
+    def _gather(self):
+        return make_own_gather(self.model, self.mesh)
 
+    def _make_updates(
+        self,
+    ) -> Callable[[TrainState, policy.RolloutBatch], tuple[TrainState, dict[str, Any]]]:
+        """The function that makes all updates of a step, which together count as one.
 
-def make_updates(
-    job: Job,
-) -> Callable[[TrainState, policy.RolloutBatch], tuple[TrainState, dict[str, Any]]]:
-    """The function that makes all updates of a step, which together count as one.
+        Its metrics are those of the first update, and how far the policy was from the sampler
+        before the first ("mismatch") and before the last ("drift").
+        """
+        config, mesh = self.config, self.mesh
+        loss = partial(policy.policy_loss, config)
+        update = make_train_step(self.model, self.optimizer, mesh, config.grad_clip, loss)
+        logprobs = policy.make_logprobs(self.model, mesh)
+        reference_params = self._source_params() if config.kl > 0 else None
 
-    Told is the loss of the first, and how far the policy was from the sampler before the first
-    ("mismatch") and before the last ("drift").
-    """
-    config, model, objective = job.config, job.model, job.config.objective()
-    loss = partial(policy.policy_loss, objective)
-    update = make_train_step(model, job.optimizer, job.mesh, config.grad_clip, loss)
-    logprobs = policy.make_logprobs(model, job.mesh)
-    reference_params = _source_params(job) if objective.kl > 0 else None
+        def updates(state: TrainState, batch: policy.RolloutBatch) -> tuple[TrainState, dict]:
+            after = jax.device_put(np.int32(int(state.step) + 1), state.step.sharding)
+            placed = policy.put_rollouts(batch, mesh)
+            if reference_params is not None:
+                reference = logprobs(reference_params, placed)
+                batch = batch._replace(reference_logprobs_ABT=reference)
+                placed = placed._replace(
+                    reference_logprobs_ABT=policy.put_rollouts(reference, mesh)
+                )
+            compared = policy.compare(logprobs(state.params, placed), batch)
+            first = None
+            for index in range(config.updates):
+                if 0 < index == config.updates - 1:
+                    last = policy.compare(logprobs(state.params, placed), batch)
+                    compared["drift"] = last["mismatch"]
+                state, metrics = update(state, placed)
+                first = first or metrics
+            return replace(state, step=after), {**(first or {}), **compared}
 
-    def run(state: TrainState, batch: policy.RolloutBatch) -> tuple[TrainState, dict[str, Any]]:
-        after = jax.device_put(np.int32(int(state.step) + 1), state.step.sharding)
-        placed = policy.put_rollouts(batch, job.mesh)
-        if reference_params is not None:
-            reference = logprobs(reference_params, placed)
-            batch = batch._replace(reference_logprobs_ABT=reference)
-            placed = placed._replace(
-                reference_logprobs_ABT=policy.put_rollouts(reference, job.mesh)
-            )
-        told = policy.compare(logprobs(state.params, placed), batch)
-        first = None
-        for index in range(config.updates):
-            if 0 < index == config.updates - 1:
-                told["drift"] = policy.compare(logprobs(state.params, placed), batch)["mismatch"]
-            state, metrics = update(state, placed)
-            first = first or metrics
-        return replace(state, step=after), {**(first or {}), **told}
+        return updates
 
-    return run
+    def _write_transcripts(self, step: int, answered: list[Answered]) -> None:
+        records = transcripts(answered, self.tokenizer, self.config.transcripts)
+        with (self.folder / TRANSCRIPTS_FILE).open("a", encoding="utf-8") as file:
+            for record in records:
+                line = {"kind": "transcript", "step": step, **record}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    # --- looking at it ---
 
-def _write_transcripts(job: Job, step: int, answered: list[Answered]) -> None:
-    records = transcripts(answered, job.tokenizer, job.config.transcripts)
-    with (job.folder / TRANSCRIPTS_FILE).open("a", encoding="utf-8") as file:
-        for record in records:
-            line = {"kind": "transcript", "step": step, **record}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def evaluate(self, params: Params, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """pass@k of the held-out questions; None when stopped before the end."""
+        config, task = self.config, self.test_task
+        n, per_round = config.eval_samples, config.questions_per_step
+        with self.synced_weights(params), progress_bar("pass@k") as bar:
+            return measure(self.interview, task, config.seed, n, per_round, stopped, bar)
 
-
-# --- looking at it --------------------------------------------------------------------------------
-
-
-def _evaluate(job: Job, lend: Lend, stopped: Callable[[], bool]) -> Evaluate:
-    config = job.config
-    at_once, n = config.questions_per_step, config.eval_samples
-
-    def evaluate(params: Params) -> dict[str, float] | None:
-        with lend(params), progress_bar("pass@k") as bar:
-            return measure(job.interview, job.test_task, config.seed, n, at_once, stopped, bar)
-
-    return evaluate
-
-
-def _sample(job: Job, lend: Lend) -> Sample:
-    """The likeliest answers to the first held-out questions."""
-    interview = replace(job.interview, temperature=0.0)
-    task = job.test_task
-    questions = [Question(i, 0) for i in range(min(SHOWN, len(task)))]
-
-    def sample(params: Params) -> list[tuple[str, str]]:
-        with lend(params):
+    def sample(self, params: Params) -> list[tuple[str, str]]:
+        """The most likely answers to the first held-out questions."""
+        interview, task = replace(self.interview, temperature=0.0), self.test_task
+        questions = [Question(i, 0) for i in range(min(N_SHOWN, len(task)))]
+        with self.synced_weights(params):
             answered = interview.ask(task, questions, 1, task.reward)
-        decode = interview.tokenizer.decode
+        decode = self.tokenizer.decode
         return [(decode(r.prompt), decode(r.tokens)) for a in answered for r in a.rollouts]
-
-    return sample

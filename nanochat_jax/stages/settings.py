@@ -1,24 +1,92 @@
-"""The settings of every stage: what the scripts' --help shows and a preset's tables may hold."""
+"""The settings of every stage: what the scripts' --help shows and a preset's tables may hold.
+
+`RunSettings` is what every stage has, `TrainSettings` what pretraining and fine-tuning share. A
+field's docstring is its line of --help.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-# --- pretraining ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What every stage has: the run's name, its devices, its intervals."""
+
+    run: str = ""
+    """Name of the run: everything goes to runs/NAME; by default named after depth or source."""
+    resume: bool = False
+    """Continue the run from its last checkpoint (from the start where it has none)."""
+    overwrite: bool = False
+    """Delete the run of this name and start it again."""
+    seed: int = 42
+    """Seed of everything random."""
+
+    # where
+    device_batch_size: int | None = None
+    """Rows that a device computes at once; the first thing to halve when memory runs out."""
+    n_devices: int | None = None
+    """Devices to use (all)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type: bfloat16 on accelerators, float32 on a CPU."""
+    attention: Literal["auto", "blocked", "cudnn"] = "auto"
+    """Attention kernel: cudnn on an NVIDIA GPU with bfloat16, else blocked."""
+
+    # for how long, and how often to look at it
+    num_iterations: int | None = None
+    """Steps, instead of what the stage would derive."""
+    eval_every: int = 250
+    """Steps between measurements on held-out data; 0: never."""
+    sample_every: int = 2000
+    """Steps between samples; 0: never."""
+    save_every: int = 1000
+    """Steps between checkpoints, best a multiple of eval_every; 0: only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the one with the lowest validation bits per byte."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also report to Weights & Biases; offline writes into the run's folder."""
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class TrainSettings(RunSettings):
+    """What pretraining and fine-tuning share. A rate of None is the recipe's, or the source's."""
+
+    total_batch_size: int | None = None
+    """Tokens of a step over all devices, padding included; the rest is accumulated."""
+    data_streams: int | None = None
+    """Logical streams that the rows of a step come from (8, or what divides the rows)."""
+    embedding_lr: float | None = None
+    """Learning rate of the token embedding, AdamW."""
+    unembedding_lr: float | None = None
+    """Learning rate of the output head, AdamW."""
+    matrix_lr: float | None = None
+    """Learning rate of the matrices of the blocks, Muon."""
+    scalar_lr: float | None = None
+    """Learning rate of the residual scalars, AdamW (2026)."""
+    weight_decay: float | None = None
+    """Weight decay of Muon before scaling (2025: of AdamW); fine-tuning: 0."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rates rise (fine-tuning: 0)."""
+    warmdown_ratio: float | None = None
+    """Share of the steps, at the end, over which they fall."""
+    final_lr_frac: float | None = None
+    """Where they end, as a share of their peak (fine-tuning: 0)."""
+    grad_clip: float | None = None
+    """Largest global gradient norm; 0 is off."""
+    eval_tokens: int = 80 * 524288
+    """Validation tokens in each measurement, padding included."""
+    sample_tokens: int = 32
+    """Tokens of each sample."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainSettings):
     """Pretraining: what scripts/pretrain.py trains, on what, and how it reports.
 
     None means: the recipe's own value, or what the depth decides (scaling.py).
     """
 
-    run: str = ""
-    """Name of the run: everything goes to runs/NAME; empty is d<depth>."""
-    resume: bool = False
-    """Continue the run from its last checkpoint (from the start where it has none)."""
-    overwrite: bool = False
-    """Delete the run of this name and start it again."""
+    device_batch_size: int = 32
+    """Rows that a device computes at once; the first thing to halve when memory runs out."""
 
     # what is trained
     depth: int = 20
@@ -40,89 +108,46 @@ class PretrainConfig:
     window_pattern: str | None = None
     """Attention windows tiled over the layers, L full and S a quarter (2026: SSSL)."""
 
-    # for how long
-    num_iterations: int | None = None
-    """Steps; goes before target_flops, and that before target_param_data_ratio."""
+    # for how long: num_iterations, else target_flops, else target_param_data_ratio
     target_flops: float | None = None
     """Train until so many FLOPs are spent."""
     target_param_data_ratio: float | None = None
     """Tokens per counted parameter (12; 2025: 20)."""
-
-    # how
-    device_batch_size: int = 32
-    """Rows that a device computes at once; the first thing to halve when memory runs out."""
-    total_batch_size: int | None = None
-    """Tokens of a step over all devices; the rest is accumulated."""
-    embedding_lr: float | None = None
-    """Learning rate of the token embedding, AdamW."""
-    unembedding_lr: float | None = None
-    """Learning rate of the output head, AdamW."""
-    matrix_lr: float | None = None
-    """Learning rate of the matrices of the blocks, Muon."""
-    scalar_lr: float | None = None
-    """Learning rate of the residual scalars, AdamW (2026)."""
-    weight_decay: float | None = None
-    """Weight decay of Muon before scaling (2025: of AdamW)."""
-    warmup_steps: int | None = None
-    """Steps in which the learning rates rise."""
-    warmdown_ratio: float | None = None
-    """Share of the steps, at the end, in which they fall."""
-    final_lr_frac: float | None = None
-    """Where they end, as a share of their peak."""
-    grad_clip: float | None = None
-    """Largest global gradient norm; 0 is off."""
-    seed: int = 42
-    """Seed of the initial weights and of the samples."""
 
     # on what
     dataset: str = "climbmix"
     """climbmix, fineweb-edu, local, or a folder of Parquet shards."""
     tokenizer: str = "default"
     """Name below tokenizer/, or a folder that tok_train.py wrote."""
-    data_streams: int | None = None
-    """Logical streams that the rows of a step are drawn from (8, or what divides the rows)."""
-
-    # where
-    n_devices: int | None = None
-    """Devices to use (all)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type: bfloat16 on accelerators, float32 on a CPU."""
-    attention: Literal["auto", "blocked", "cudnn"] = "auto"
-    """Attention kernel: cudnn on an NVIDIA GPU with bfloat16, else blocked."""
-
-    # looking at it
-    eval_every: int = 250
-    """Steps between measurements of validation bits per byte; 0: never."""
-    eval_tokens: int = 80 * 524288
-    """Tokens of validation text in each."""
-    sample_every: int = 2000
-    """Steps between samples of text; 0: never."""
-    sample_tokens: int = 32
-    """Tokens of each sample."""
-    save_every: int = 1000
-    """Steps between checkpoints, best a multiple of eval_every; 0: only at the end."""
-    keep_last: int = 2
-    """Checkpoints kept, besides the one with the lowest validation bits per byte."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Also report to Weights & Biases; offline writes into the run's folder."""
-
-
-# --- mid-training and supervised fine-tuning ------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """What mid-training and supervised fine-tuning share.
+class FinetuneConfig(TrainSettings):
+    """Mid-training and fine-tuning: what a run is trained on further, and how.
 
     None means: what the source run had, or what the recipe of its model says (finetuning.py).
     """
 
-    run: str = ""
-    """Name of the run: everything goes to runs/NAME; empty is that of the source and the stage."""
-    resume: bool = False
-    """Continue the run from its last checkpoint (from the start where it has none)."""
-    overwrite: bool = False
-    """Delete the run of this name and start it again."""
+    eval_every: int = 200
+    """Steps between measurements of bits per byte of held-out answers; 0: never."""
+    eval_tokens: int = 20 * 524288
+    """Tokens of validation rows in each measurement, padding included."""
+    sample_every: int = 400
+    """Steps between answers to a few questions; 0: never."""
+    sample_tokens: int = 48
+    """Tokens of each answer."""
+    save_every: int = 400
+    """Steps between checkpoints, best a multiple of eval_every; 0: only at the end."""
+    weight_decay: float = 0.0
+    """Weight decay of Muon (2025: of AdamW)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise."""
+    warmdown_ratio: float | None = None
+    """Share of the steps, at the end, over which they fall (0.2; SFT 0.5, 2025: 1.0)."""
+    final_lr_frac: float = 0.0
+    """Where they end, as a share of their peak."""
+    lr_frac: float | None = None
+    """Learning rates at their peak, as a share of the source's (1.0; SFT 0.8, 2025: 0.02)."""
 
     # from what
     source: str = ""
@@ -130,7 +155,7 @@ class FinetuneConfig:
     source_step: str = "last"
     """Which of its checkpoints: a step, last or best."""
     warm_start: bool | None = None
-    """Go on with the optimizer's moments of that checkpoint (2026: yes, 2025: no)."""
+    """Keep the optimizer's moments of that checkpoint (2026: yes, 2025: no)."""
 
     # on what
     tasks: str = ""
@@ -139,77 +164,11 @@ class FinetuneConfig:
     """Tasks to measure on, of their test part (those that are trained on)."""
     packing: Literal["best-fit", "one-per-row", "stream"] | None = None
     """How conversations become rows (mid-training: stream; SFT: best-fit, 2025: one-per-row)."""
-    data_streams: int | None = None
-    """Logical streams that the rows of a step are drawn from (8, or what divides the rows)."""
-
-    # for how long
     epochs: float = 1.0
-    """Passes over the conversations."""
-    num_iterations: int | None = None
-    """Steps, instead."""
-
-    # how
-    device_batch_size: int | None = None
-    """Rows that a device computes at once; the first thing to halve when memory runs out."""
-    total_batch_size: int | None = None
-    """Tokens of a step, padding included (SFT of 2025: 32 rows)."""
-    lr_frac: float | None = None
-    """Learning rates at their highest, as a share of the source's (1.0; SFT 0.8, 2025: 0.02)."""
-    warmup_steps: int = 0
-    """Steps in which the learning rates rise."""
-    warmdown_ratio: float | None = None
-    """Share of the steps, at the end, in which they fall (0.2; SFT 0.5, 2025: 1.0)."""
-    final_lr_frac: float = 0.0
-    """Where they end, as a share of their peak."""
-    embedding_lr: float | None = None
-    """Learning rate of the token embedding, AdamW."""
-    unembedding_lr: float | None = None
-    """Learning rate of the output head, AdamW."""
-    matrix_lr: float | None = None
-    """Learning rate of the matrices of the blocks, Muon."""
-    scalar_lr: float | None = None
-    """Learning rate of the residual scalars, AdamW (2026)."""
-    weight_decay: float = 0.0
-    """Weight decay of Muon (2025: of AdamW)."""
-    grad_clip: float | None = None
-    """Largest global gradient norm; 0 is off."""
-    seed: int = 42
-    """Seed of the samples."""
-
-    # where
-    n_devices: int | None = None
-    """Devices to use (all)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type: bfloat16 on accelerators, float32 on a CPU."""
-    attention: Literal["auto", "blocked", "cudnn"] = "auto"
-    """Attention kernel: cudnn on an NVIDIA GPU with bfloat16, else blocked."""
-
-    # looking at it
-    eval_every: int = 200
-    """Steps between measurements of bits per byte of held-out answers; 0: never."""
-    eval_tokens: int = 20 * 524288
-    """Tokens of rows in each, padding included."""
-    sample_every: int = 400
-    """Steps between answers to a few questions; 0: never."""
-    sample_tokens: int = 48
-    """Tokens of each answer."""
-    save_every: int = 400
-    """Steps between checkpoints, best a multiple of eval_every; 0: only at the end."""
-    keep_last: int = 2
-    """Checkpoints kept, besides the one with the lowest validation bits per byte."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Also report to Weights & Biases; offline writes into the run's folder."""
+    """Passes over the conversations, where num_iterations is not given."""
 
 
-@dataclass(frozen=True)
-class MidtrainConfig(FinetuneConfig):
-    """Mid-training: what scripts/midtrain.py trains a base model on, and how."""
-
-
-@dataclass(frozen=True)
-class SftConfig(FinetuneConfig):
-    """Fine-tuning: what scripts/sft.py trains a base or mid-trained model on, and how."""
-
+# --- reinforcement learning -----------------------------------------------------------------------
 
 Advantage = Literal["mean", "std"]
 Normalisation = Literal["pass", "sequence", "token", "constant"]
@@ -219,13 +178,20 @@ Normalisation = Literal["pass", "sequence", "token", "constant"]
 class Objective:
     """What is maximised; the defaults are the recipe's."""
 
-    advantage: Advantage = "mean"  # reward − mean; "std" also divides by the standard deviation
-    normalisation: Normalisation = "pass"  # see `row_weights`
-    samples_per_pass: int = 8  # of "pass"
-    max_new_tokens: int = 256  # of "constant"
-    clip: float = 0.0  # largest change of the probability ratio that is rewarded; 0: no ratio
-    clip_high: float | None = None  # upwards, where it differs
-    kl: float = 0.0  # weight of the divergence from the reference
+    advantage: Advantage = "mean"
+    """Reward less the mean of its question; std: also divided by the standard deviation."""
+    normalisation: Normalisation = "pass"
+    """What a token counts: 1 / tokens of its pass, its sequence, the step, or a constant."""
+    samples_per_pass: int = 8
+    """Answers to a question that make a pass (only the mathematics: it does not affect memory)."""
+    max_new_tokens: int = 256
+    """Longest answer, the calculator's part included."""
+    clip: float = 0.0
+    """PPO: how far the probability ratio may move; 0 is plain policy gradient."""
+    clip_high: float | None = None
+    """How far upwards, where that differs."""
+    kl: float = 0.0
+    """Weight of the divergence from the source model."""
 
     def __post_init__(self):
         if self.samples_per_pass < 1:
@@ -238,22 +204,29 @@ class Objective:
             raise ValueError("clip_high is the upper end of clip: give clip, too")
 
 
-# --- The settings of reinforcement learning ---
-
-
 @dataclass(frozen=True)
-class RlConfig:
+class RlConfig(Objective, RunSettings):
     """Reinforcement learning: what scripts/rl.py trains, for what reward, and how it reports.
 
-    The defaults are the original's; rl.py has a table of other methods' settings.
+    The defaults are the original's; stages/policy.py has a table of other methods' settings.
     """
 
-    run: str = ""
-    """Name of the run: everything goes to runs/NAME; empty is the source's with -rl."""
-    resume: bool = False
-    """Continue the run from its last checkpoint (from the start where it has none)."""
-    overwrite: bool = False
-    """Delete the run of this name and start it again."""
+    device_batch_size: int = 8
+    """Rows that a device trains on at once; the first thing to halve when memory runs out."""
+    slots: int = 128
+    """Answers that all devices together generate at the same time; the second."""
+    eval_every: int = 60
+    """Steps between measurements of pass@k on held-out questions; 0: never."""
+    eval_questions: int = 400
+    """Questions of each measurement."""
+    eval_samples: int = 8
+    """Answers to each, and the largest k."""
+    sample_every: int = 0
+    """Steps between showing the most likely answers to two held-out questions; 0: never."""
+    save_every: int = 60
+    """Steps between checkpoints; 0: only at the end."""
+    transcripts: int = 2
+    """Questions of each step whose best and worst answer go to transcripts.jsonl."""
 
     # from what, on what
     source: str = ""
@@ -264,76 +237,27 @@ class RlConfig:
     """Where the questions come from, and what judges the answers."""
     eval_task: str = ""
     """Where the held-out questions come from; empty is the test split of the same task."""
+    epochs: int = 1
+    """Passes over the questions, where num_iterations is not given."""
 
     # what a step is
     questions_per_step: int = 16
     """Different questions of a step."""
     samples: int = 16
-    """Answers drawn to each; they are compared with one another."""
-    max_new_tokens: int = 256
-    """Longest answer, the calculator's part included."""
+    """Answers sampled for each; they are compared with one another."""
     temperature: float = 1.0
-    """Of the answers drawn."""
+    """Sampling temperature of the answers."""
     top_k: int = 50
     """Tokens to choose among; 0: all."""
-    num_iterations: int | None = None
-    """Steps; else as many as make `epochs` passes over the questions."""
-    epochs: int = 1
-    """Passes over the questions."""
-
-    # what is learned from it
-    lr_frac: float = 0.05
-    """First learning rates, as a share of the base model's; they fall to 0 in a line."""
-    grad_clip: float = 0.0
-    """Largest global gradient norm; 0 is off."""
     updates: int = 1
     """Updates made with the answers of one step; more than one wants clip."""
-    advantage: Advantage = "mean"
-    """Reward less the mean of its question; std: also divided by the standard deviation."""
-    normalisation: Normalisation = "pass"
-    """What a token counts: 1 / tokens of its pass, its sequence, the step, or a constant."""
-    samples_per_pass: int = 8
-    """Answers to a question that make a pass (only the mathematics: memory is no concern of it)."""
-    clip: float = 0.0
-    """PPO: how far the probability ratio may move; 0 is plain policy gradient."""
-    clip_high: float | None = None
-    """How far upwards, where that differs."""
-    kl: float = 0.0
-    """Weight of the divergence from the source model."""
-    seed: int = 42
-    """Seed of the answers."""
-
-    # where
-    device_batch_size: int = 8
-    """Rows that a device trains on at once; the first thing to halve when memory runs out."""
-    slots: int = 128
-    """Answers that all devices together write at once; the second."""
-    n_devices: int | None = None
-    """Devices to use (all)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type: bfloat16 on accelerators, float32 on a CPU."""
-    attention: Literal["auto", "blocked", "cudnn"] = "auto"
-    """Attention kernel: cudnn on an NVIDIA GPU with bfloat16, else blocked."""
-
-    # looking at it
-    eval_every: int = 60
-    """Steps between measurements of pass@k on held-out questions; 0: never."""
-    eval_questions: int = 400
-    """Questions of each."""
-    eval_samples: int = 8
-    """Answers to each, and the largest k."""
-    sample_every: int = 0
-    """Steps between showing the likeliest answers to two held-out questions; 0: never."""
-    transcripts: int = 2
-    """Questions of each step whose best and worst answer go to transcripts.jsonl."""
-    save_every: int = 60
-    """Steps between checkpoints; 0: only at the end."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Also report to Weights & Biases; offline writes into the run's folder."""
+    lr_frac: float = 0.05
+    """First learning rates, as a share of the base model's; they fall linearly to 0."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm; 0 is off."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in (
             "questions_per_step", "samples", "max_new_tokens", "epochs", "updates",
             "device_batch_size", "slots", "eval_questions", "eval_samples",
@@ -344,15 +268,3 @@ class RlConfig:
             raise ValueError(f"num_iterations must be at least 1, not {self.num_iterations}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
-        self.objective()
-
-    def objective(self) -> Objective:
-        return Objective(
-            advantage=self.advantage,
-            normalisation=self.normalisation,
-            samples_per_pass=self.samples_per_pass,
-            max_new_tokens=self.max_new_tokens,
-            clip=self.clip,
-            clip_high=self.clip_high,
-            kl=self.kl,
-        )

@@ -16,10 +16,10 @@ from nanochat_jax.checkpoint import Checkpoints, load_model
 from nanochat_jax.config import parse
 from nanochat_jax.data.conversations import first_batches
 from nanochat_jax.optim import lr_multiplier, muon_momentum
-from nanochat_jax.stages.finetuning import finetune, fresh_state, prepare
+from nanochat_jax.stages.finetuning import FinetuneStage, finetune, make_stage
 from nanochat_jax.stages.mixtures import Listed, mixture, parse_tasks
 from nanochat_jax.stages.pretraining import pretrain
-from nanochat_jax.stages.settings import MidtrainConfig, PretrainConfig, SftConfig
+from nanochat_jax.stages.settings import FinetuneConfig, PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer
 
 STEPS = 12
@@ -69,13 +69,17 @@ def script(base) -> Script:
 def whole(script) -> list[dict]:
     """The trace of a run that nothing interrupted."""
     output = script.run(run="whole")
-    assert "its optimizer's moments go on" in output
+    assert "its optimizer's moments kept" in output
     assert "supervised tokens" in output
     return script.trace("whole")
 
 
-def sft(**settings) -> SftConfig:
-    return SftConfig(**(SETTINGS | {"n_devices": 1} | settings))
+def sft(**settings) -> FinetuneConfig:
+    return FinetuneConfig(**(SETTINGS | {"n_devices": 1} | settings))
+
+
+def one_stage(**settings) -> FinetuneStage:
+    return make_stage("sft", sft(**settings))
 
 
 def test_a_run_leaves_a_whole_folder(script, whole):
@@ -85,7 +89,7 @@ def test_a_run_leaves_a_whole_folder(script, whole):
     loaded = load_model(folder)
     assert (loaded.meta["stage"], loaded.meta["step"]) == ("sft", STEPS)
     assert loaded.meta["source"] == {"run": "base", "step": BASE_STEPS}
-    config = parse(SftConfig, "sft", ["--config", str(folder / "config.toml")])
+    config = parse(FinetuneConfig, "sft", ["--config", str(folder / "config.toml")])
     assert (config.source, config.source_step) == ("base", str(BASE_STEPS))
     train = [record for record in whole if record["kind"] == "train"]
     assert train[-1]["loss"] < train[0]["loss"] - 1
@@ -193,11 +197,11 @@ def test_sft_of_2025_has_a_conversation_a_row_and_resumes_exactly(here, script, 
 
 
 def test_moments_go_on_but_schedules_and_hyper_parameters_begin_anew(here, script, whole):
-    job = prepare("sft", sft(run="warm"))
-    state = fresh_state(job)
-    with Checkpoints(job.source.folder, read_only=True) as checkpoints:
+    stage = one_stage(run="warm")
+    state = stage.initial_state()
+    with Checkpoints(stage.source.folder, read_only=True) as checkpoints:
         meta = checkpoints.meta(BASE_STEPS)
-    base = load_model(job.source.folder)
+    base = load_model(stage.source.folder)
     for name, value in base.params.items():
         np.testing.assert_array_equal(state.params[name], value)
     leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
@@ -213,26 +217,25 @@ def test_moments_go_on_but_schedules_and_hyper_parameters_begin_anew(here, scrip
     assert int(state.step) == 0
     then = meta["identity"]["optimizer"]
     assert then["weight_decay"] > 0
-    assert job.optim_config.weight_decay == 0
-    assert job.optim_config.matrix_lr == then["matrix_lr"]
-    assert job.optim_config.batch_lr_scale == then["batch_lr_scale"]
-    cold = fresh_state(prepare("sft", sft(run="cold", warm_start=False)))
+    assert stage.optim_config.weight_decay == 0
+    assert stage.optim_config.matrix_lr == then["matrix_lr"]
+    assert stage.optim_config.batch_lr_scale == then["batch_lr_scale"]
+    cold = one_stage(run="cold", warm_start=False).initial_state()
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(cold.opt_state))
     np.testing.assert_array_equal(cold.params["wte"], state.params["wte"])
 
 
-def schedule(job) -> list[float]:
-    n = job.optim_config.num_iterations
-    return [lr_multiplier(job.optim_config, step) for step in (0, n // 2, 3 * n // 4, n)]
+def schedule(stage) -> list[float]:
+    n = stage.optim_config.num_iterations
+    return [lr_multiplier(stage.optim_config, step) for step in (0, n // 2, 3 * n // 4, n)]
 
 
 def test_each_stage_has_the_schedule_of_its_recipe(here):
-    def job(stage, source, **settings):
-        kind = MidtrainConfig if stage == "midtrain" else SftConfig
+    def made(name, source, **settings):
         settings = SETTINGS | {"source": source, "n_devices": 1} | settings
-        return prepare(stage, kind(**(settings | {"num_iterations": 400})))
+        return make_stage(name, FinetuneConfig(**(settings | {"num_iterations": 400})))
 
-    mid, old, new = job("midtrain", "old"), job("sft", "old"), job("sft", "base")
+    mid, old, new = made("midtrain", "old"), made("sft", "old"), made("sft", "base")
     assert schedule(mid) == pytest.approx([1, 1, 1, 0])
     assert lr_multiplier(mid.optim_config, 360) == pytest.approx(0.5)
     assert schedule(old) == pytest.approx([0.02, 0.01, 0.005, 0])
@@ -247,41 +250,41 @@ def test_each_stage_has_the_schedule_of_its_recipe(here):
     assert (mid.config.run, old.config.run, new.config.run) == ("old-mid", "old-sft", "base-sft")
     assert (mid.rows, old.rows, new.rows) == (8, 32, 4)
     assert mid.optim_config.grad_clip == 1.0  # of its base model
-    twice = job("sft", "base", total_batch_size=2048)
+    twice = made("sft", "base", total_batch_size=2048)
     scale = new.optim_config.batch_lr_scale * 2**0.5
     assert twice.optim_config.batch_lr_scale == pytest.approx(scale)
-    assert job("sft", "base", matrix_lr=0.7).optim_config.matrix_lr == 0.7
+    assert made("sft", "base", matrix_lr=0.7).optim_config.matrix_lr == 0.7
 
 
 def test_a_pass_decides_the_number_of_steps(here):
-    job = prepare("sft", sft(num_iterations=None, tasks="arithmetic[200]"))
-    assert job.found.conversations == 200
-    assert job.optim_config.num_iterations == round(job.found.rows / 4)
-    twice = prepare("sft", sft(num_iterations=None, tasks="arithmetic[200]", epochs=2.0))
-    assert twice.optim_config.num_iterations == round(2 * job.found.rows / 4)
-    repeated = prepare("sft", sft(num_iterations=None, tasks="arithmetic[100],arithmetic[100]*2"))
+    stage = one_stage(num_iterations=None, tasks="arithmetic[200]")
+    assert stage.found.conversations == 200
+    assert stage.optim_config.num_iterations == round(stage.found.rows / 4)
+    twice = one_stage(num_iterations=None, tasks="arithmetic[200]", epochs=2.0)
+    assert twice.optim_config.num_iterations == round(2 * stage.found.rows / 4)
+    repeated = one_stage(num_iterations=None, tasks="arithmetic[100],arithmetic[100]*2")
     assert repeated.found.conversations == 300
 
 
 def test_answers_alone_are_measured(here, whole):
-    job = prepare("sft", sft(num_iterations=1, tasks="arithmetic[50]", val_tasks="arithmetic[40]"))
+    stage = one_stage(num_iterations=1, tasks="arithmetic[50]", val_tasks="arithmetic[40]")
     first = next(record for record in whole if record["kind"] == "val")
-    bytes_of = job.tokenizer.token_bytes()
+    bytes_of = stage.tokenizer.token_bytes()
     assert 0 < first["tokens"] < 4096
     assert first["bytes"] < first["tokens"] * bytes_of.max()
-    rows = next(first_batches(job.rendering, 0, 1, rows=8, streams=8))
+    rows = next(first_batches(stage.rendering, 0, 1, rows=8, streams=8))
     learned = rows.targets_RT[rows.targets_RT >= 0]
     assert len(learned) < 0.9 * rows.targets_RT.size
-    assert job.tokenizer.special_id("<|user_start|>") not in learned
-    assert job.tokenizer.special_id("<|assistant_end|>") in learned
+    assert stage.tokenizer.special_id("<|user_start|>") not in learned
+    assert stage.tokenizer.special_id("<|assistant_end|>") in learned
 
 
 def test_the_newest_fitting_run_is_the_default(here, base, whole):
-    found = prepare("sft", sft(source="")).source  # never an SFT run, though one is newer
+    found = one_stage(source="").source  # never an SFT run, though one is newer
     assert found.meta["stage"] in ("pretrain", "midtrain")
     checkpoints = base / "runs" / "old" / "checkpoints"
     checkpoints.touch()
-    assert prepare("sft", sft(source="")).source.name == "old"
+    assert one_stage(source="").source.name == "old"
 
 
 @pytest.mark.parametrize(
@@ -395,8 +398,8 @@ def test_conversations_longer_than_a_row_are_counted_or_refused(here, script, ca
 @pytest.mark.parametrize("preset", ["cpu", "speedrun", "d20_2025"])
 def test_presets_train_what_the_one_before_has_made(preset):
     base = parse(PretrainConfig, "pretrain", ["--config", preset])
-    mid = parse(MidtrainConfig, "midtrain", ["--config", preset])
-    sft = parse(SftConfig, "sft", ["--config", preset])
+    mid = parse(FinetuneConfig, "midtrain", ["--config", preset])
+    sft = parse(FinetuneConfig, "sft", ["--config", preset])
     assert mid.source in ("", base.run)
     assert sft.source == (base.run if base.recipe == "2026" else mid.run)
     assert sft.run == f"{base.run}-sft"

@@ -1,9 +1,10 @@
-"""The loop on a small real training step: order of duties, resuming, stopping, bad numbers."""
+"""The loop on a small real training step: order of events, resuming, stopping, bad numbers."""
 
 import gc
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +13,17 @@ import pytest
 
 from nanochat_jax.runs import Tracker, cut_metrics, read_metrics
 from nanochat_jax.stages.loop import (
-    Actions,
-    Feed,
-    LoopConfig,
+    LoopProgress,
     NonFiniteError,
-    Progress,
+    StopRequest,
     garbage_collector_paused,
-    run_training,
     stop_on_signals,
+    train,
 )
+from nanochat_jax.stages.settings import RunSettings
 from nanochat_jax.train import TrainState
 
-CONFIG = LoopConfig(
-    num_steps=10,
-    tokens_per_step=32,
-    eval_every=4,
-    sample_every=5,
-    save_every=3,
-    lr_multiplier=lambda step: 1 / (step + 1),
-    flops_per_token=1e3,
-    peak_flops=1e9,
-)
+CONFIG = RunSettings(eval_every=4, sample_every=5, save_every=3)
 TIMES = {"dt", "tokens_per_s", "data_wait", "mfu", "eta_seconds", "train_seconds"}
 
 
@@ -64,7 +55,11 @@ def fresh(step: int = 0):
 
 
 class World:
-    """Runs the loop in a folder and remembers what was saved and in which order things happened."""
+    """A stage of ten steps that remembers what was saved and in which order things happened."""
+
+    num_steps, tokens_per_step = 10, 32
+    flops_per_token, peak_flops = 1e3, 1e9
+    defer_metrics = True
 
     def __init__(self, folder, config=CONFIG):
         self.folder, self.config = folder, config
@@ -76,15 +71,21 @@ class World:
     def run(self, state=None, progress=None, stop=None, at=None):
         state = fresh() if state is None else state
         rows = Rows(int(state.step) if at is None else at)
-        tracker = Tracker(self.folder)
-        actions = Actions(self._evaluate, self._sample, lambda s, p: self._save(s, p, rows))
+        tracker, progress = Tracker(self.folder), progress or LoopProgress()
         try:
-            return run_training(
-                self.config, state, self._step, Feed(rows, jnp.asarray), actions, tracker,
-                progress, stop,
-            )  # fmt: skip
+            save = partial(self._save, rows)
+            return train(self, state, progress, rows, tracker, save, stop or StopRequest())
         finally:
             tracker.close()
+
+    def lr_multiplier(self, step):
+        return 1 / (step + 1)
+
+    def put(self, rows):
+        return jnp.asarray(rows)
+
+    def train_step(self):
+        return self._step
 
     def resume(self, step: int, **how):
         state, progress, _ = self.saved[step]
@@ -104,15 +105,15 @@ class World:
         self.events.append(f"step {int(batch[0, 0])}")
         return train_step(state, batch)
 
-    def _evaluate(self, params):
+    def evaluate(self, params, stopped):
         self.events.append("val")
         return self.measure(params)
 
-    def _sample(self, params):
+    def sample(self, params):
         self.events.append("sample")
         return [("a", "b")]
 
-    def _save(self, state, progress, rows):
+    def _save(self, rows, state, progress):
         self.events.append("save")
         assert int(state.step) not in self.saved
         self.saved[int(state.step)] = (state, progress, rows.get_state())
@@ -123,7 +124,7 @@ def world(tmp_path):
     return World(tmp_path)
 
 
-def test_duties_come_in_order_and_at_the_end_all_of_them(world):
+def test_events_come_in_order_and_at_the_end_all_of_them(world):
     outcome = world.run()
     assert int(outcome.state.step) == 10
     assert outcome.stopped_by is None
@@ -158,8 +159,7 @@ def test_every_step_is_recorded_with_its_own_numbers(world):
 
 
 def test_a_step_is_read_only_after_the_next_was_dispatched(world, monkeypatch):
-    config = replace(CONFIG, eval_every=0, sample_every=0, save_every=0)
-    world.config = config
+    world.config = RunSettings(eval_every=0, sample_every=0, save_every=0)
     log = Tracker.log
 
     def noted(self, kind, step, **values):
@@ -242,7 +242,7 @@ def test_the_second_interrupt_is_not_caught(world):
 def test_a_non_finite_loss_names_step_and_batch_and_saves_nothing_more(world):
     with pytest.raises(NonFiniteError, match="loss is nan at step 2") as caught:
         world.run(at=998)  # its third batch is number 1000
-    assert caught.value.origin == {"at": 1000}
+    assert caught.value.loader_state == {"at": 1000}
     assert world.saved == {}
     assert [r["step"] for r in world.trace() if r["kind"] == "train"] == [0, 1]
 
@@ -273,8 +273,9 @@ def test_a_finished_run_has_nothing_left_to_do(world):
 
 
 def test_smoothing_does_not_depend_on_where_the_run_was_cut(world):
-    progress = Progress(smoothed_loss=5.0)
-    world.config = replace(CONFIG, num_steps=4, eval_every=0, sample_every=0, save_every=0)
+    progress = LoopProgress(smoothed_loss=5.0)
+    world.num_steps = 4
+    world.config = RunSettings(eval_every=0, sample_every=0, save_every=0)
     world.run(fresh(3), progress)
     record = read_metrics(world.folder)[-1]
     assert record["smoothed_loss"] == pytest.approx((4.5 + 0.1 * 9.0) / (1 - 0.9**4))

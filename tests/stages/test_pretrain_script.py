@@ -27,7 +27,7 @@ from script_runs import (
 
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import parse
-from nanochat_jax.stages.pretraining import prepare, pretrain
+from nanochat_jax.stages.pretraining import make_stage, pretrain
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -245,7 +245,7 @@ def test_overwrite_starts_again_and_samples_are_kept(here, script, whole):
 
 def test_width_and_heads_can_be_given(here):
     def shape(**settings):
-        plan = prepare(
+        plan = make_stage(
             config(**({"n_embd": None, "n_head": None, "n_kv_head": None} | settings))
         ).plan
         gpt = plan.config

@@ -20,10 +20,10 @@ from script_runs import ROOT, Script, finish, n_train_records, wait_for
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
 from nanochat_jax.engine.engine import Engine
-from nanochat_jax.runs import alone, read_metrics
+from nanochat_jax.runs import lock_run, read_metrics
 from nanochat_jax.stages.finetuning import finetune
 from nanochat_jax.stages.policy import make_rows
-from nanochat_jax.stages.rl import TRANSCRIPTS_FILE, inherit, prepare, reinforce
+from nanochat_jax.stages.rl import TRANSCRIPTS_FILE, make_stage, reinforce, rl_optimizer
 from nanochat_jax.stages.rollouts import (
     Interview,
     Question,
@@ -32,7 +32,7 @@ from nanochat_jax.stages.rollouts import (
     summary,
     transcripts,
 )
-from nanochat_jax.stages.settings import RlConfig, SftConfig
+from nanochat_jax.stages.settings import FinetuneConfig, RlConfig
 from nanochat_jax.tasks.chats import CustomJSON
 from nanochat_jax.tasks.registry import MADE_HERE, make_task
 from nanochat_jax.tasks.task import Conversation, Task, exchange, is_reference
@@ -177,7 +177,7 @@ def test_kill_9_and_sigterm_change_nothing(script, whole):
 
 
 def test_a_run_has_one_process_at_a_time(here, base, script, whole):
-    with alone(script.folder("whole")):
+    with lock_run(script.folder("whole")):
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(ValueError, match=r"another process is training .*whole"):
                 reinforce(config(base, run="whole", **how))
@@ -264,19 +264,21 @@ def test_settings_that_mean_nothing_are_refused(settings):
 
 
 def test_defaults_follow_the_newest_fine_tuned_run(here, base):
-    job = prepare(config(base, source="", num_iterations=None, questions_per_step=10, epochs=2))
-    assert (job.config.run, job.config.source, job.config.source_step) == (
+    stage = make_stage(
+        config(base, source="", num_iterations=None, questions_per_step=10, epochs=2)
+    )
+    assert (stage.config.run, stage.config.source, stage.config.source_step) == (
         "toy-rl",
         "toy-sft",
         "40",
     )
-    assert job.num_steps == 11
+    assert stage.num_steps == 11
 
 
 def test_rates_are_the_sources_and_fall_to_nothing(here, base):
-    job = prepare(config(base))
-    then = job.source_meta["identity"]["optimizer"]
-    now = inherit(job.source_meta, replace(job.config, updates=3), num_steps=10)
+    stage = make_stage(config(base))
+    then = stage.source.meta["identity"]["optimizer"]
+    now = rl_optimizer(stage.source, replace(stage.config, updates=3), num_steps=10)
     assert now.matrix_lr == then["matrix_lr"]
     assert (now.num_iterations, now.weight_decay, now.lr_frac) == (30, 0, 0.4)
     assert (now.momentum_start, now.momentum_final) == (0.95, 0.95)
@@ -400,14 +402,14 @@ def test_a_new_task_is_one_class_and_one_line(here, base, script, monkeypatch):
     assert reinforce(config(base, run="own", task="backwards", num_iterations=1, eval_every=1)) == 0
     (step,) = [r for r in read_metrics(script.folder("own")) if r["kind"] == "train"]
     assert 0 <= step["reward"] <= 1
-    job = prepare(config(base, task="backwards"))
-    assert (len(job.train_task), len(job.test_task)) == (50, 10)
-    assert job.train_task.reward(job.train_task[2], "21") == 1
+    stage = make_stage(config(base, task="backwards"))
+    assert (len(stage.train_task), len(stage.test_task)) == (50, 10)
+    assert stage.train_task.reward(stage.train_task[2], "21") == 1
 
 
 def test_fine_tuning_does_not_go_on_from_here(here, whole):
     with pytest.raises(ValueError, match=r"of reinforcement learning.*toy-sft, with --source"):
-        finetune("sft", SftConfig(source="whole"))
+        finetune("sft", FinetuneConfig(source="whole"))
 
 
 def test_a_task_made_here_can_be_learned_from(here, base):
