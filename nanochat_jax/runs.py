@@ -1,4 +1,4 @@
-"""A run's folder: who may write into it, and whether what is there can be continued.
+"""A run's folder: its lock, its files, its records, and whether it can be resumed.
 
 runs/<name>/ is described in checkpoint.py. All that a run's results depend on (its fingerprint) is
 saved with every checkpoint and compared when the run is resumed; everything else may change.
@@ -46,7 +46,7 @@ def default_run(stages: Sequence[str] = ()) -> str:
 
 
 def check_unused(folder: Path, resume: bool, overwrite: bool) -> None:
-    """ValueError when a run is there and it was not said what to do with it."""
+    """ValueError when the folder holds a run and neither flag says what to do with it."""
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: choose one of them")
     if _is_run(folder) and not (resume or overwrite):
@@ -84,7 +84,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 
 def clear_run(folder: Path, overwrite: bool) -> None:
-    """Empties the folder, but for its lock, if `overwrite`; for one process only."""
+    """Empties the folder, but for its lock, if `overwrite`; called by one process."""
     for path in folder.iterdir() if overwrite and _is_run(folder) else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -93,7 +93,7 @@ def clear_run(folder: Path, overwrite: bool) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether anything is there that it would be a pity to lose."""
+    """Whether the folder holds records or checkpoints."""
     records, checkpoints = folder / METRICS_FILE, folder / CHECKPOINTS_FOLDER
     has_records = records.exists() and records.stat().st_size > 0
     return has_records or (checkpoints.is_dir() and any(checkpoints.iterdir()))
@@ -125,6 +125,8 @@ def _differences(then: Any, now: Any, where: str) -> Iterator[str]:
         yield f"{where} was {then}, now {now}"
 
 
+# --- what the report reads ------------------------------------------------------------------------
+
 REPORT_FOLDER = "report"
 
 
@@ -139,7 +141,7 @@ def record(folder: Path, stage: str, values: dict[str, Any]) -> None:
 
 
 def record_evaluation(path: Path, found: dict[str, Any]) -> None:
-    """Writes what was found of a checkpoint beside what was found of the same one before.
+    """Writes the evaluation of a checkpoint beside earlier ones of the same checkpoint.
 
     A mean over tasks that are not all of those in the file is left out.
     """
@@ -159,7 +161,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 class Meter:
-    """What a stage takes: wall seconds, and kWh of the GPUs, with those of its earlier sessions.
+    """What a stage costs: wall seconds, and kWh of the GPUs, with those of its earlier sessions.
 
     Made when a stage begins; `read()` at its end gives values for `record`.
     """
@@ -196,7 +198,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# --- What the GPUs have consumed: NVML's own counter, through the driver's library al ---
+# --- energy: NVML's counter, through the driver's library alone -----------------------------------
 
 JOULES_PER_KWH = 3.6e6
 _LIBRARY = "libnvidia-ml.so.1"
@@ -205,8 +207,8 @@ _LIBRARY = "libnvidia-ml.so.1"
 def gpu_kwh() -> float | None:
     """Kilowatt-hours that all GPUs of this machine have consumed since their driver was loaded.
 
-    A difference of two readings is what happened between them. None where no GPU tells (there is
-    none, or it is older than Volta).
+    The difference of two readings is what was consumed between them. None where no GPU has a
+    counter (there is no GPU, or it is older than Volta).
     """
     nvml = _nvml()
     if nvml is None:
@@ -237,7 +239,7 @@ def _millijoules(nvml: Any, index: int) -> int | None:
     return energy.value
 
 
-# --- Numbers for later: metrics.jsonl always, Weights & Biases when asked ---
+# --- metrics.jsonl always, Weights & Biases when asked --------------------------------------------
 
 METRICS_FILE, WANDB_ID_FILE = "metrics.jsonl", "wandb_id.txt"
 WANDB_PROJECT = "nanochat_jax"
@@ -247,7 +249,7 @@ WandbMode = Literal["disabled", "offline", "online"]
 
 
 class Tracker:
-    """Writes records to a run's folder. `write=False` (processes other than the first) is mute."""
+    """Writes records to a run's folder; `write=False`, of all processes but the first: nothing."""
 
     def __init__(
         self,
@@ -316,7 +318,7 @@ def _finite(value: Any) -> Any:
 
 
 def _start_wandb(run_folder: Path, name: str, config: dict[str, Any], mode: WandbMode) -> Any:
-    import wandb  # slow to import, and not everybody wants it
+    import wandb  # slow to import, and optional
 
     id_file = run_folder / WANDB_ID_FILE
     run_id = id_file.read_text().strip() if id_file.exists() else uuid4().hex[:8]

@@ -1,4 +1,4 @@
-"""Reinforcement learning: the model answers questions, and right answers become likelier.
+"""Reinforcement learning: the model answers questions, and right answers become more likely.
 
     python scripts/rl.py --source d20-sft                       # GSM8K, as the original did
     python scripts/rl.py --source cpu-sft --task spelling-local --num-iterations 50

@@ -84,7 +84,7 @@ type Save = Callable[[TrainState, LoopProgress], None]
 def run(stage: Stage) -> int:
     """Trains a stage, or resumes it; returns the exit code."""
     config, folder, is_first = stage.config, stage.folder, is_main_process()
-    # 1. The folder is this run's, and nobody else writes into it.
+    # 1. The folder is this run's, and no other process writes into it.
     check_unused(folder, config.resume, config.overwrite)
     wait_for_all("checked")
     with lock_run(folder) if is_first else nullcontext():
@@ -206,7 +206,7 @@ def events_due(stage: Stage, step: int) -> list[str]:
     config, last = stage.config, step == stage.num_steps
     every = {"val": config.eval_every, "sample": config.sample_every, "save": config.save_every}
     due = [event for event, n in every.items() if n > 0 and (last or step % n == 0)]
-    if step == 0:  # an untrained model is worth measuring (a fault shows at once), no more
+    if step == 0:  # an untrained model is worth measuring (it shows a fault early), no more
         return [event for event in due if event == "val"]
     return [*due, "save"] if last and "save" not in due else due
 
@@ -438,7 +438,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGTERM and the first Ctrl-C ask the loop to save and end; a second one ends it at once."""
+    """SIGTERM and the first Ctrl-C ask the loop to save and end; the second one ends it."""
     stop = StopRequest()
     if jax.process_count() > 1:  # there the signal belongs to JAX's coordinator
         yield stop

@@ -23,7 +23,7 @@ class RunSettings:
 
     # where
     device_batch_size: int | None = None
-    """Rows that a device computes at once; the first thing to halve when memory runs out."""
+    """Rows that a device computes at a time; the first thing to halve when memory runs out."""
     n_devices: int | None = None
     """Devices to use (all)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -86,7 +86,7 @@ class PretrainConfig(TrainSettings):
     """
 
     device_batch_size: int = 32
-    """Rows that a device computes at once; the first thing to halve when memory runs out."""
+    """Rows that a device computes at a time; the first thing to halve when memory runs out."""
 
     # what is trained
     depth: int = 20
@@ -212,7 +212,7 @@ class RlConfig(Objective, RunSettings):
     """
 
     device_batch_size: int = 8
-    """Rows that a device trains on at once; the first thing to halve when memory runs out."""
+    """Rows that a device trains on at a time; the first thing to halve when memory runs out."""
     slots: int = 128
     """Answers that all devices together generate at the same time; the second."""
     eval_every: int = 60
