@@ -226,7 +226,7 @@ async def send(
 
 
 async def stuck_slots(client: httpx.AsyncClient, seconds: float = 30.0) -> int:
-    """Slots that are still busy when nobody wants anything."""
+    """Slots that are still busy some seconds after the last request."""
     end = time.perf_counter() + seconds
     while True:
         text = (await client.get("/metrics")).text

@@ -4,7 +4,7 @@
     python scripts/serve.py --run d24 --port 8080 --slots 32
     NANOCHAT_API_KEYS=secret python scripts/serve.py --host 0.0.0.0
 
-Then open http://127.0.0.1:8000 in a browser, or ask from anywhere that knows OpenAI's API:
+Then open http://127.0.0.1:8000 in a browser, or send requests from any client of OpenAI's API:
 
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
@@ -31,10 +31,10 @@ from nanochat_jax.sharding import make_mesh
 def main() -> None:
     config = parse(ServeConfig, "serve", description=__doc__)
     config = replace(config, run=config.run or default_run())
-    bound = bind(config)  # before the model is loaded: a mistake should show at once
+    bound = bind(config)  # before the model is loaded, so that mistakes show early
     if not config.is_local and not read_keys(config.api_keys_file):
         say(
-            f"WARNING: anybody who reaches {config.host} port {config.port} can use this server; "
+            f"WARNING: anyone who can reach {config.host} port {config.port} can use this server; "
             "protect it with --api-keys-file or NANOCHAT_API_KEYS"
         )
     start()
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 NOTES = {
-    "base": "a base model, which goes on with texts and has not learned to chat",
+    "base": "a base model, which continues texts and has not learned to chat",
     "chat": "a chat model",
 }
 

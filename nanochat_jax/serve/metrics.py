@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus: queue, slots, tokens, latencies, requests by route and status."""
+"""The metrics for Prometheus: queue, slots, tokens, latencies, requests by route and status."""
 
 import math
 import time
@@ -67,7 +67,7 @@ class Metrics(Collector):
             self._recent.popleft()
 
     def collect(self) -> Iterator[Metric]:
-        """The numbers that nobody counts as they happen."""
+        """The numbers that are read from the scheduler, and the speed."""
         now = self._scheduler.stats()
         self._forget_old()
         speed = sum(tokens for _, tokens in self._recent) / SPEED_WINDOW

@@ -23,7 +23,7 @@ from nanochat_jax.serve.errors import GONE, ApiError, internal_error
 from nanochat_jax.serve.metrics import Metrics
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
-# What answers without a key: the page, which asks for one, and what tells of the server's health.
+# What needs no key: the page, which asks for one, and the health of the server.
 PUBLIC = ("/", "/health", "/ready", "/openapi.json", "/favicon.ico")
 PUBLIC_FOLDER = "/static/"
 MAX_BUCKETS = 10_000
@@ -118,7 +118,7 @@ def _write_line(scope: Scope, record: Record, status: int, seconds: float) -> No
     }
     if record.gone:
         line["gone"] = True
-    with suppress(OSError):  # nobody reads it any more, or the disk is full
+    with suppress(OSError):  # the reader has gone, or the disk is full
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 

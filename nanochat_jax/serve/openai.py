@@ -7,7 +7,7 @@ a `text_offset`.
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -26,7 +26,7 @@ from nanochat_jax.serve.schema import (
     check_completion,
 )
 from nanochat_jax.serve.service import Service
-from nanochat_jax.serve.stream import EventStream, Generation, Json
+from nanochat_jax.serve.stream import EventStream, Generation, Json, Update
 from nanochat_jax.serve.text import (
     PlacedToken,
     TextPiece,
@@ -36,7 +36,7 @@ from nanochat_jax.serve.text import (
 )
 from nanochat_jax.tokenizer import Tokenizer
 
-TEMPERATURE, TOP_K, MAX_TOKENS = 0.8, 50, 512  # where a request does not say
+TEMPERATURE, TOP_K, MAX_TOKENS = 0.8, 50, 512  # where a request names none
 LEAST_LOGPROB = -9999.0  # what OpenAI says for "impossible", since JSON has no infinity
 STREAMS: dict[int | str, Any] = {200: {"content": {EventStream.media_type: {}}}}
 
@@ -54,27 +54,27 @@ def add_routes(app: fastapi.FastAPI, service: Service) -> None:
         return service.model
 
     @app.post("/v1/chat/completions", responses=STREAMS)
-    async def chat(asked: ChatRequest, request: fastapi.Request) -> Response:
+    async def chat(body: ChatRequest, request: fastapi.Request) -> Response:
         """The next message of a conversation."""
-        check_chat(asked, service.config)
-        engine_request, dropped = _chat_request(asked, service)
-        generation = Generation(service, [engine_request], asked.stops)
+        check_chat(body, service.config)
+        engine_request, dropped = _chat_request(body, service)
+        generation = Generation(service, [engine_request], body.stops)
         generation.start()
-        if asked.stream:
-            return EventStream(generation, _chat_events(generation, asked, dropped))
+        if body.stream:
+            return EventStream(generation, _chat_events(generation, body, dropped))
         async with generation.running(request.scope, request.receive):
-            return JSONResponse(await _chat_answer(generation, asked, dropped))
+            return JSONResponse(await _chat_answer(generation, body, dropped))
 
     @app.post("/v1/completions", responses=STREAMS)
-    async def completions(asked: CompletionRequest, request: fastapi.Request) -> Response:
+    async def completions(body: CompletionRequest, request: fastapi.Request) -> Response:
         """The continuation of one or more texts."""
-        check_completion(asked, service.config)
-        generation = Generation(service, _completion_requests(asked, service), asked.stops)
+        check_completion(body, service.config)
+        generation = Generation(service, _completion_requests(body, service), body.stops)
         generation.start()
-        if asked.stream:
-            return EventStream(generation, _completion_events(generation, asked))
+        if body.stream:
+            return EventStream(generation, _completion_events(generation, body))
         async with generation.running(request.scope, request.receive):
-            return JSONResponse(await _completion_answer(generation, asked))
+            return JSONResponse(await _completion_answer(generation, body))
 
 
 def _check_model(name: str | None, service: Service) -> None:
@@ -86,22 +86,22 @@ def _check_model(name: str | None, service: Service) -> None:
 # --- what a request asks the scheduler for --------------------------------------------------------
 
 
-def _chat_request(asked: ChatRequest, service: Service) -> tuple[Request, int]:
+def _chat_request(body: ChatRequest, service: Service) -> tuple[Request, int]:
     """The engine's request, and how many of the oldest messages the model does not see.
 
     ApiError for another model's name, for no conversation, and for one too long.
     """
-    _check_model(asked.model, service)
+    _check_model(body.model, service)
     try:
         return chat_request(
             service.tokenizer,
             service.prompt_format,
-            [_as_conversation(message) for message in asked.messages],
+            [_as_conversation(message) for message in body.messages],
             context=service.context,
-            max_tokens=asked.max_completion_tokens or asked.max_tokens or _default_tokens(service),
-            sampling=_sampling(asked, service),
-            n=asked.n or 1,
-            top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else 0,
+            max_tokens=body.max_completion_tokens or body.max_tokens or _default_tokens(service),
+            sampling=_sampling(body, service),
+            n=body.n or 1,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else 0,
         )
     except TooLong as error:
         raise bad_request(str(error), "messages", "context_length_exceeded") from None
@@ -109,11 +109,11 @@ def _chat_request(asked: ChatRequest, service: Service) -> tuple[Request, int]:
         raise bad_request(f"messages: {error}", "messages") from None
 
 
-def _completion_requests(asked: CompletionRequest, service: Service) -> list[Request]:
+def _completion_requests(body: CompletionRequest, service: Service) -> list[Request]:
     """One for each prompt; a text begins a document, token ids are taken as they are."""
-    _check_model(asked.model, service)
+    _check_model(body.model, service)
     bos, encode = service.tokenizer.bos_id, service.tokenizer.encode
-    prompts = [[bos, *encode(p)] if isinstance(p, str) else p for p in asked.prompts]
+    prompts = [[bos, *encode(p)] if isinstance(p, str) else p for p in body.prompts]
     for ids in prompts:
         if len(ids) >= service.context:
             raise bad_request(
@@ -122,15 +122,15 @@ def _completion_requests(asked: CompletionRequest, service: Service) -> list[Req
                 "prompt",
                 "context_length_exceeded",
             )
-    wanted = asked.max_tokens or _default_tokens(service)
+    wanted = body.max_tokens or _default_tokens(service)
     return [
         Request(
             ids,
             max_new_tokens=min(wanted, service.context - len(ids)),
-            sampling=_sampling(asked, service),
-            n=asked.n or 1,
+            sampling=_sampling(body, service),
+            n=body.n or 1,
             stop_ids=stop_ids(service.tokenizer, chat=service.prompt_format == "chat"),
-            top_logprobs=asked.logprobs or 0,
+            top_logprobs=body.logprobs or 0,
         )
         for ids in prompts
     ]
@@ -150,13 +150,13 @@ def _as_conversation(message: Message) -> Mapping[str, Any]:
     return {"role": role, "content": "\n".join(message.texts)}
 
 
-def _sampling(asked: Generate, service: Service) -> SamplingParams:
+def _sampling(body: Generate, service: Service) -> SamplingParams:
     chosen: dict[str, Any] = {
         "temperature": min(TEMPERATURE, service.config.max_temperature),
         "top_k": min(TOP_K, service.config.max_top_k),
         "seed": secrets.randbits(63),
     }
-    given = {setting.name: getattr(asked, setting.name) for setting in fields(SamplingParams)}
+    given = {setting.name: getattr(body, setting.name) for setting in fields(SamplingParams)}
     chosen |= {name: value for name, value in given.items() if value is not None}
     try:
         return SamplingParams(**chosen)
@@ -168,7 +168,7 @@ def _sampling(asked: Generate, service: Service) -> SamplingParams:
 
 
 def _envelope(service: Service, prefix: str, kind: str) -> Json:
-    """What every object of one reply begins with."""
+    """The fields that every object of one reply begins with."""
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
@@ -177,39 +177,36 @@ def _envelope(service: Service, prefix: str, kind: str) -> Json:
     }
 
 
-async def _chat_answer(generation: Generation, asked: ChatRequest, dropped: int) -> Json:
+async def _chat_answer(generation: Generation, body: ChatRequest, dropped: int) -> Json:
     """The whole answer as one object."""
     choices = []
-    for index, (pieces, finish) in enumerate(await generation.whole()):
+    for index, pieces, finish in await generation.whole():
         parts = parts_of(pieces)
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if any(part["type"] != "text" for part in parts):
             message["parts"] = parts
-        logprobs = _chat_logprobs(generation.service.tokenizer, pieces) if asked.logprobs else None
-        told = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
-        choices.append(told)
-    return {
-        **_envelope(generation.service, "chatcmpl", "chat.completion"),
-        "choices": choices,
-        "usage": generation.usage(),
-        "dropped_messages": dropped,
-    }
+        logprobs = _chat_logprobs(generation.service.tokenizer, pieces) if body.logprobs else None
+        choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+        choices.append(choice)
+    envelope = _envelope(generation.service, "chatcmpl", "chat.completion")
+    usage = generation.usage()
+    return {**envelope, "choices": choices, "usage": usage, "dropped_messages": dropped}
 
 
 async def _chat_events(
-    generation: Generation, asked: ChatRequest, dropped: int
+    generation: Generation, body: ChatRequest, dropped: int
 ) -> AsyncIterator[Json]:
     """The answer as chunks: roles, text as it comes, why each choice ended, and the usage."""
     envelope = _envelope(generation.service, "chatcmpl", "chat.completion.chunk")
     # Where a usage is to come, every other chunk says that it has none.
-    no_usage: Json = {"usage": None} if asked.wants_usage else {}
+    no_usage: Json = {"usage": None} if body.wants_usage else {}
 
     def chunk(
         index: int, delta: Json, logprobs: Json | None = None, end: str | None = None
     ) -> Json:
-        told = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
-        return {**envelope, "choices": [told], **no_usage}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
+        return {**envelope, "choices": [choice], **no_usage}
 
     for index in range(len(generation.choices)):
         first = chunk(index, {"role": "assistant", "content": ""})
@@ -220,50 +217,41 @@ async def _chat_events(
             if piece.type != "text":
                 delta = {"content": "", "part": {"type": piece.type, "text": piece.text}}
             logprobs = None
-            if asked.logprobs:
+            if body.logprobs:
                 logprobs = _chat_logprobs(generation.service.tokenizer, [piece])
             if piece.text or logprobs:
                 yield chunk(index, delta, logprobs)
         if finish:
             yield chunk(index, {}, end=finish)
-    if asked.wants_usage:
+    if body.wants_usage:
         yield {**envelope, "choices": [], "usage": generation.usage()}
 
 
-async def _completion_answer(generation: Generation, asked: CompletionRequest) -> Json:
+async def _completion_answer(generation: Generation, body: CompletionRequest) -> Json:
     """All texts as one object."""
-    choices = [
-        _completion_choice(generation.service.tokenizer, asked, index, pieces, finish)
-        for index, (pieces, finish) in enumerate(await generation.whole())
-    ]
+    choices = [_completion_choice(generation, body, update) for update in await generation.whole()]
     envelope = _envelope(generation.service, "cmpl", "text_completion")
     return {**envelope, "choices": choices, "usage": generation.usage()}
 
 
 async def _completion_events(
-    generation: Generation, asked: CompletionRequest
+    generation: Generation, body: CompletionRequest
 ) -> AsyncIterator[Json]:
     """The texts as chunks of the same shape."""
     envelope = _envelope(generation.service, "cmpl", "text_completion")
-    no_usage: Json = {"usage": None} if asked.wants_usage else {}
+    no_usage: Json = {"usage": None} if body.wants_usage else {}
     async for update in generation.updates():
-        choice = _completion_choice(generation.service.tokenizer, asked, *update)
-        yield {**envelope, "choices": [choice], **no_usage}
-    if asked.wants_usage:
+        yield {**envelope, "choices": [_completion_choice(generation, body, update)], **no_usage}
+    if body.wants_usage:
         yield {**envelope, "choices": [], "usage": generation.usage()}
 
 
-def _completion_choice(
-    tokenizer: Tokenizer,
-    asked: CompletionRequest,
-    index: int,
-    pieces: Sequence[TextPiece],
-    finish: str | None,
-) -> Json:
+def _completion_choice(generation: Generation, body: CompletionRequest, update: Update) -> Json:
+    index, pieces, finish = update
     text = "".join(piece.text for piece in pieces)
     logprobs = None
-    if asked.logprobs is not None:
-        logprobs = _completion_logprobs(tokenizer, pieces, asked.logprobs)
+    if body.logprobs is not None:
+        logprobs = _completion_logprobs(generation.service.tokenizer, pieces, body.logprobs)
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 

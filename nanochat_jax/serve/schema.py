@@ -5,7 +5,6 @@ are ignored, as OpenAI's own servers do. A parameter of OpenAI's that would chan
 is not implemented is an error that names it. The limits that the operator sets come after these.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -60,7 +59,7 @@ class Message(Model):
 
 
 class StreamOptions(Model):
-    """`include_usage`: a last chunk tells the number of tokens."""
+    """`include_usage`: a last chunk has the number of tokens."""
 
     include_usage: bool | None = None
 
@@ -96,8 +95,8 @@ class Generate(Model):
     @classmethod
     def _no_unsupported(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            for name, is_harmless in UNSUPPORTED.items():
-                if value.get(name) is not None and not is_harmless(value[name]):
+            for name, harmless in UNSUPPORTED.items():
+                if value.get(name) is not None and value[name] not in harmless:
                     raise Unsupported(name)
         return value
 
@@ -131,7 +130,7 @@ def _prompt_kind(value: Any) -> str | None:
 
 
 class CompletionRequest(Generate):
-    """POST /v1/completions: goes on with a text, or with token ids."""
+    """POST /v1/completions: the continuation of a text, or of token ids."""
 
     prompt: Annotated[
         Annotated[str, Tag("as a string")]
@@ -153,28 +152,24 @@ class CompletionRequest(Generate):
         return cast("list[str | list[int]]", [self.prompt] if is_one else self.prompt)
 
 
-def _equals(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value in values
-
-
 # Parameters of OpenAI's that are errors, and which of their values ask for nothing.
-UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "logit_bias": _equals({}),
-    "presence_penalty": _equals(0),
-    "frequency_penalty": _equals(0),
-    "tools": _equals([]),
-    "tool_choice": _equals("none", "auto"),
-    "functions": _equals([]),
-    "function_call": _equals("none", "auto"),
-    "response_format": _equals({"type": "text"}),
-    "modalities": _equals([], ["text"]),
-    "audio": _equals(),
-    "prediction": _equals(),
-    "web_search_options": _equals(),
-    "moderation": _equals(),
-    "echo": _equals(False),
-    "suffix": _equals(""),
-    "best_of": _equals(1),
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": ([], ["text"]),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "moderation": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
 }
 
 

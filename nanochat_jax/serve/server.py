@@ -20,7 +20,7 @@ FAREWELL_SECONDS = 5  # for the last words to clients whose answers were cut sho
 
 class Server(uvicorn.Server):
     """After the first SIGTERM or SIGINT new work is refused and running answers are finished, for
-    `drain_seconds` at most; the second signal cuts them short, the third ends at once."""
+    `drain_seconds` at most; the second signal cuts them short, the third kills the process."""
 
     def __init__(self, app: FastAPI, say: Callable[[str], object] = lambda _: None) -> None:
         super().__init__(

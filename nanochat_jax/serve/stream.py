@@ -122,12 +122,12 @@ class Generation:
                 yield update
         self.cancel()  # samples beyond their stop string
 
-    async def whole(self) -> list[tuple[list[TextPiece], str]]:
-        """The pieces of every choice, and why it ended."""
+    async def whole(self) -> list[Update]:
+        """All updates of every choice as one."""
         pieces: list[list[TextPiece]] = [[] for _ in self.choices]
         async for update in self.updates():
             pieces[update.choice] += update.pieces
-        return [(pieces[i], choice.finish or "") for i, choice in enumerate(self.choices)]
+        return [Update(i, pieces[i], choice.finish) for i, choice in enumerate(self.choices)]
 
     def usage(self) -> Json:
         """The tokens of this HTTP request so far, as OpenAI writes them."""

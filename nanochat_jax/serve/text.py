@@ -1,7 +1,7 @@
-"""Between text and tokens: what a model is asked with, and how its tokens become text again.
+"""Between text and tokens: the prompt of a model, and the text of the tokens that it generates.
 
-The server and the terminal share this. A model that has only been pretrained ("base") goes on with
-a text; one that was trained on conversations ("chat") answers the last message.
+The server and the terminal share this. A model that has only been pretrained ("base") continues a
+text; one that was trained on conversations ("chat") answers the last message.
 """
 
 import codecs
@@ -29,7 +29,7 @@ def prompt_format(meta: Mapping[str, Any]) -> PromptFormat:
     return "base" if meta.get("stage", "pretrain") == "pretrain" else "chat"
 
 
-# --- what the model is asked with -----------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
@@ -102,7 +102,7 @@ def _chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], room:
 def _document_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], room: int) -> Prompt:
     """All texts as one document, of which the end is kept, also of a single message.
 
-    What the assistant wrote goes on with what stood before it; every other message is a paragraph.
+    The assistant's messages continue what stands before them; every other one is a paragraph.
     """
     texts = [plain_text(message["content"]) for message in messages]
     for index, message in enumerate(messages):
@@ -123,7 +123,7 @@ def plain_text(content: str | Sequence[Mapping[str, str]]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-# --- what the model says --------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 class PlacedToken(NamedTuple):

@@ -1,6 +1,6 @@
 /**
  * Shows what an answer says while it is being written: text, code between ``` fences, calls of the
- * calculator, and tokens with their probabilities. It only appends; nothing is drawn twice.
+ * calculator, and tokens with their probabilities. It only appends; nothing is rendered twice.
  */
 
 import { element, icon } from "./dom.js";
@@ -52,7 +52,7 @@ export class AnswerBody {
   }
 }
 
-/** Text, each token in a span of its own where its probability is known and wanted. */
+/** Text; each token has its own span where its probability is known and shown. */
 class TokenText {
   constructor(place, explained) {
     this.place = place;

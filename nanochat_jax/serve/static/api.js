@@ -1,6 +1,6 @@
 /** Talking to the server: the model, and answers as they are written. */
 
-/** A request that failed; `message` is a sentence for the reader, `needsKey` tells a 401. */
+/** A request that failed; `message` is a sentence for the reader, `needsKey` marks a 401. */
 export class RequestFailed extends Error {
   constructor(message, { needsKey = false } = {}) {
     super(message);

@@ -18,7 +18,7 @@ export class Chat {
   #streams = new Map(); // conversation id -> {controller, done}
 
   /**
-   * `view` is told what happens: opened(), added(message), run(answer, run), dropped(answer),
+   * `view` is notified: opened(), added(message), run(answer, run), dropped(answer),
    * began(), ended(conversation, answer), and notKept() when the browser had no room.
    * `model()` resolves to the model to ask, with the server's limits.
    */

@@ -4,7 +4,7 @@
  * {id, changed, messages}; a message is {role: "user", text} or an answer {role: "assistant",
  * parts, finish, …}. A part is {type: "text" | "python" | "python_output", text}, and in an answer
  * with probabilities, `tokens`: [[text, logprob, [[text, logprob], …]], …], or [text] where the
- * server told no probability; together they are the text. `finish` is null while the answer is
+ * server gave no probability; together they are the text. `finish` is null while the answer is
  * being written, then "stop", "length", "stopped" (by the reader) or "error", with `problem`.
  */
 

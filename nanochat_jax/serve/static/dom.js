@@ -11,7 +11,7 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
-/** One of the drawings at the top of index.html. */
+/** One of the icons at the top of index.html. */
 export function icon(name) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
@@ -22,7 +22,7 @@ export function icon(name) {
   return svg;
 }
 
-/** A button that shows only a drawing and is called `label`. */
+/** A button that shows only an icon; screen readers call it `label`. */
 export function iconButton(name, label, onclick) {
   const properties = { type: "button", className: "icon-button", title: label, onclick };
   return element("button", { ...properties, "aria-label": label }, icon(name));

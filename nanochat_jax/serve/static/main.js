@@ -46,7 +46,7 @@ function startNew() {
   rest();
 }
 
-/** Puts the focus where one goes on from; on a touch screen no keyboard should open for that. */
+/** Focuses the message field, but not on a touch screen, where that opens a keyboard. */
 function rest() {
   if (matchMedia("(pointer: fine)").matches) composer.focus();
   else byId("main").focus();

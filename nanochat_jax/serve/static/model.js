@@ -6,7 +6,7 @@ import { byId, element, textButton } from "./dom.js";
 const STAGES = { base: "base model", chat: "chat model" };
 const BASE_NOTICE =
   "This model has not learned to chat yet. It has only read, so it does not answer: " +
-  "it goes on with the text that you begin.";
+  "it continues the text that you begin.";
 
 export class ServedModel {
   #model = null;
@@ -50,7 +50,7 @@ export class ServedModel {
     byId("model-name").textContent = id;
     byId("model-stage").textContent = STAGES[stage] ?? stage ?? "";
     byId("model-stage").hidden = !stage;
-    const facts = [`Step ${step}`, `reads ${context} tokens at once`];
+    const facts = [`Step ${step}`, `context of ${context} tokens`];
     if (bitsPerByte) facts.push(`${bitsPerByte.toFixed(3)} bits per byte on unseen text`);
     byId("model").title = facts.join(", ");
     const notice = element("p", { className: "notice stage-notice" }, BASE_NOTICE);
@@ -74,7 +74,7 @@ export class ServedModel {
 const WELCOME = {
   base: {
     title: "Begin a text",
-    text: "The model goes on with it.",
+    text: "The model continues it.",
     examples: ["The capital of France is", "Once upon a time", "The most important rule is"],
   },
   chat: {

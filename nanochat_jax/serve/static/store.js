@@ -1,4 +1,4 @@
-/** The conversations of this browser, each under a key of its own: two tabs never overwrite. */
+/** The conversations of this browser, each under its own key: two tabs never overwrite each other. */
 
 import { readConversation } from "./conversation.js";
 import { itemKeys, readJSON, removeItem, writeItem } from "./storage.js";
