@@ -4,10 +4,11 @@
     python scripts/eval_chat.py --run d12-sft --tasks gsm8k --n-samples 8 --temperature 1
     python scripts/eval_chat.py --run cpu-sft --tasks arithmetic,choice --max-problems 100
 
-What it finds is printed, written to runs/NAME/eval_chat.json as soon as a task is finished, beside
-what was found of other tasks with the same checkpoint, and is its last line as JSON. Without
---tasks it takes the tasks of ChatCORE and SpellingBee whose data is there (scripts/prefetch.py
-fetches it), else those that the program makes itself.
+Results are printed, and written to runs/NAME/eval_chat.json as soon as a task is finished, beside
+those of other tasks with the same checkpoint; the last line is the same as JSON. Without --tasks it
+takes the tasks of ChatCORE and SpellingBee whose data is there (scripts/prefetch.py fetches it),
+else those that need no data. Answers are sampled as scripts/rl.py samples its held-out ones: with
+the same settings, pass@k is the same number.
 """
 
 import json
@@ -21,8 +22,6 @@ from nanochat_jax.checkpoint import LoadedModel, load_model
 from nanochat_jax.cli import progress_bar, run_script
 from nanochat_jax.config import parse
 from nanochat_jax.distributed import is_main_process, say, start
-from nanochat_jax.engine.engine import make_engine
-from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.evals.chat import (
     CHAT_CORE,
     ChatResult,
@@ -31,7 +30,7 @@ from nanochat_jax.evals.chat import (
     evaluate_categorical,
     evaluate_generative,
 )
-from nanochat_jax.evals.generation import Drawing, capacity_for
+from nanochat_jax.evals.generation import make_sampler
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.runs import record_evaluation, run_folder
 from nanochat_jax.sandbox.run import isolation
@@ -40,36 +39,36 @@ from nanochat_jax.tasks.registry import JSON, make_task, missing
 from nanochat_jax.tasks.task import Task, check_answered
 from nanochat_jax.train import make_own_gather
 
-USUAL = (*CHAT_CORE, "spellingbee")
-MADE_HERE = ("choice", "arithmetic", "counting", "spelling-local", "identity-local")
+DEFAULT_TASKS = (*CHAT_CORE, "spellingbee")
+WITHOUT_DATA = ("choice", "arithmetic", "counting", "spelling-local", "identity-local")
 
 
 @dataclass(frozen=True)
 class EvalChatConfig:
-    """What to measure, and how answers are drawn."""
+    """What to measure, and how answers are sampled."""
 
     run: str = "d20-sft"
     """Name of the run, or its folder."""
     step: str = "last"
     """Which checkpoint: a step, last or best."""
     tasks: str = ""
-    """Tasks, with commas between (those of ChatCORE whose data is there)."""
+    """Tasks, separated by commas (those of ChatCORE whose data is there)."""
     split: str = "test"
     """Which part of them."""
     max_problems: int | None = None
     """Questions of each task (all)."""
     n_samples: int = 1
-    """Answers to each question; more than one also give pass@k."""
+    """Answers to each question; with more than one, also pass@k."""
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0 takes the most likely token."""
     top_k: int = 50
-    """Tokens to choose among; 0: all."""
+    """Sample among the k most likely tokens; 0: all."""
     max_new_tokens: int = 512
-    """Tokens of an answer at most."""
+    """Longest answer, in tokens; of longer questions the context keeps what it has room for."""
     slots: int = 32
-    """Answers that are written at once."""
+    """Answers written side by side."""
     device_batch_size: int = 32
-    """Rows of the trained length that a device scores at once."""
+    """Rows of the trained length that a device scores together."""
     n_devices: int | None = None
     """Devices to use (all)."""
     seed: int = 42
@@ -77,12 +76,17 @@ class EvalChatConfig:
     allow_unsandboxed: bool = False
     """Run programs that the model wrote where nothing can isolate them."""
 
+    def __post_init__(self):
+        if self.n_samples < 1 or self.max_new_tokens < 1:
+            raise ValueError("an answer needs at least one sample of one token")
+        if self.n_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"at temperature 0 all {self.n_samples} samples are the same; set --temperature"
+            )
+
 
 def main() -> None:
     config = parse(EvalChatConfig, "eval_chat", description=__doc__)
-    drawing = Drawing(
-        config.n_samples, config.max_new_tokens, config.temperature, config.top_k, config.seed
-    )
     tasks = [
         make_task(
             name,
@@ -101,7 +105,7 @@ def main() -> None:
     loaded = load_model(folder, config.step, mesh=mesh)
     say(f"{folder}, step {loaded.meta['step']}")
     results = []
-    for result in evaluate(config, drawing, tasks, loaded, mesh):
+    for result in evaluate(config, tasks, loaded, mesh):
         results.append(result)
         found = {"run": config.run, "step": loaded.meta["step"], **chat_json(results)}
         if is_main_process():
@@ -117,62 +121,51 @@ def which_tasks(config: EvalChatConfig) -> list[str]:
         if "humaneval" in names and not config.allow_unsandboxed:
             isolation()  # says now, and not after an hour, that there is none
         return names
-    there = [name for name in USUAL if not missing([(name, config.split)])]
-    absent = [name for name in USUAL if name not in there]
+    there = [name for name in DEFAULT_TASKS if not missing([(name, config.split)])]
+    absent = [name for name in DEFAULT_TASKS if name not in there]
     if absent:
         say(f"left out, as their data is not there: {', '.join(absent)} (scripts/prefetch.py)")
-    if "humaneval" in there and not _can_run_programs(config):
-        there.remove("humaneval")
+    if "humaneval" in there and not config.allow_unsandboxed:
+        try:
+            isolation()
+        except ValueError as error:
+            say(f"humaneval is left out: {error}")
+            there.remove("humaneval")
     if not there:
-        say(f"measured instead on what the program makes itself: {', '.join(MADE_HERE)}")
-    return there or list(MADE_HERE)
-
-
-def _can_run_programs(config: EvalChatConfig) -> bool:
-    try:
-        return config.allow_unsandboxed or bool(isolation())
-    except ValueError as error:
-        say(f"humaneval is left out: {error}")
-        return False
+        say(f"measured instead on tasks that need no data: {', '.join(WITHOUT_DATA)}")
+    return there or list(WITHOUT_DATA)
 
 
 def evaluate(
-    config: EvalChatConfig, drawing: Drawing, tasks: list[Task], loaded: LoadedModel, mesh: Mesh
+    config: EvalChatConfig, tasks: list[Task], loaded: LoadedModel, mesh: Mesh
 ) -> Iterator[ChatResult]:
-    """Results, those of categorical tasks first: the engine then has the memory for itself."""
+    """Results, those of categorical tasks first: then the engine has the memory to itself."""
+    model, params, tokenizer, _ = loaded
     categorical = [task for task in tasks if task.kind == "categorical"]
     generative = [task for task in tasks if task.kind == "generative"]
     if categorical:
-        scorer = make_scorer(config, loaded, mesh)
+        budget = config.device_batch_size * model.config.sequence_len
+        scorer = Scorer(model, mesh, params, tokens_per_device=budget)
         for task in categorical:
             with progress_bar(task.name) as progress:
-                result = evaluate_categorical(scorer, loaded.tokenizer, task, progress)
+                result = evaluate_categorical(scorer, tokenizer, task, progress)
             yield result
         del scorer
     if generative:
-        scheduler = make_scheduler(config, drawing, generative, loaded, mesh)
+        sampler = make_sampler(
+            model,
+            make_own_gather(model, mesh)(params),
+            tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            n_slots=-(-config.slots // jax.process_count()),
+            mesh=own_mesh(mesh),
+        )
         for task in generative:
-            with progress_bar(task.name) as progress:
-                result = evaluate_generative(scheduler, loaded.tokenizer, task, drawing, progress)
+            with progress_bar(task.name) as bar:
+                result = evaluate_generative(sampler, task, config.n_samples, config.seed, bar)
             yield result
-
-
-def make_scorer(config: EvalChatConfig, loaded: LoadedModel, mesh: Mesh) -> Scorer:
-    budget = config.device_batch_size * loaded.model.config.sequence_len
-    return Scorer(loaded.model, mesh, loaded.params, tokens_per_device=budget)
-
-
-def make_scheduler(
-    config: EvalChatConfig, drawing: Drawing, tasks: list[Task], loaded: LoadedModel, mesh: Mesh
-) -> Scheduler:
-    engine = make_engine(
-        loaded.model,
-        make_own_gather(loaded.model, mesh)(loaded.params),
-        capacity=capacity_for(loaded.tokenizer, tasks, drawing),
-        n_slots=-(-config.slots // jax.process_count()),
-        mesh=own_mesh(mesh),
-    )
-    return Scheduler(engine, loaded.tokenizer)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from nbclient import NotebookClient
 from script_runs import ROOT, make_base
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
-from nanochat_jax.engine.scheduler import make_scheduler
 from nanochat_jax.evals.chat import chat_json, chat_table, evaluate_categorical, evaluate_generative
 from nanochat_jax.evals.core import comparison, core_json, evaluate_core
 from nanochat_jax.evals.core_tasks import read_bundle
-from nanochat_jax.evals.generation import Drawing
+from nanochat_jax.evals.generation import make_sampler
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.runs import read_metrics
 from nanochat_jax.sharding import from_logical, make_mesh
@@ -164,13 +163,10 @@ def measure(loaded: LoadedModel, bundle_path: Path) -> tuple[str, str]:
     bundle = read_bundle(bundle_path)
     core = core_json(evaluate_core(scorer, tokenizer, bundle, max_per_task=5))
     choice, sums = (make_task(name, "test", limit=5) for name in SMALL["CHAT_TASKS"])
-    drawing, scheduler = (
-        Drawing(max_new_tokens=8),
-        make_scheduler(loaded.model, loaded.params, loaded.tokenizer),
-    )
+    sampler = make_sampler(loaded.model, loaded.params, loaded.tokenizer, max_new_tokens=8)
     results = [
         evaluate_categorical(scorer, tokenizer, choice),
-        evaluate_generative(scheduler, tokenizer, sums, drawing),
+        evaluate_generative(sampler, sums),
     ]
     return comparison(core, bundle.published), chat_table(chat_json(results))
 

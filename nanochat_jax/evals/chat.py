@@ -1,43 +1,48 @@
 """How well a chat model answers tasks: multiple choice by its logits, the rest by what it writes.
 
-A categorical task is answered by the likeliest of its letters where the answer begins; all
+A categorical task is answered by the most likely of its letters where the answer begins; all
 questions are scored in batches. A generative one is answered by the engine, with the calculator,
-new questions taking the rows of finished ones, and judged by the task itself.
+and judged by the task itself (generation.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
-from nanochat_jax.distributed import share_out
-from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.evals.bootstrap import centred, interval, mean_of_centred, resampled_means
-from nanochat_jax.evals.generation import MAX_PROMPT, Drawing, _answer, pass_at_k
+from nanochat_jax.evals.generation import (
+    MAX_PROMPT,
+    RolloutGroup,
+    RolloutSampler,
+    is_right,
+    pass_at_k,
+    rewards_of,
+    sample_task,
+)
 from nanochat_jax.evals.scoring import ProgressCallback, Scorer
 from nanochat_jax.evals.scoring_batches import Span, SpanScore
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
-# The tasks of ChatCORE and how often guessing is right.
+# The tasks of ChatCORE and the accuracy of guessing.
 CHAT_CORE = {"arc-easy": 0.25, "arc-challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
-ROUNDS = 16  # times the engine's rows: questions between two signs of progress
-TRANSCRIPTS = 3  # answers that a result keeps, to look at
+ROUNDS = 16  # questions per slot of the engine between two reports of progress
+TRANSCRIPTS = 3  # answers that a result keeps as examples
 
 
 @dataclass(frozen=True)
 class ChatResult:
-    """`correct` has a row of bools for each question Q, one for each of its N samples."""
+    """`correct_QN` has a row for each question Q, with a bool for each of its N samples."""
 
     name: str
     kind: str
     correct_QN: np.ndarray
-    baseline: float  # how often guessing is right
+    baseline: float  # accuracy of guessing
     transcripts: list[dict[str, Any]] = field(default_factory=list)
-    drawing: Drawing | None = None  # of a generative task
+    sampling: dict[str, Any] | None = None  # the settings of a generative task
 
     @property
     def accuracies_Q(self) -> np.ndarray:
@@ -46,7 +51,7 @@ class ChatResult:
 
     def as_json(self) -> dict[str, Any]:
         accuracy = float(self.accuracies_Q.mean())
-        n = self.correct_QN.shape[1]
+        passes = {f"pass@{k}": pass_at_k(self.correct_QN, k) for k in self._ks()}
         return {
             "kind": self.kind,
             "accuracy": accuracy,
@@ -54,21 +59,16 @@ class ChatResult:
             "baseline": self.baseline,
             "centred": float(centred(accuracy, self.baseline)),
             "questions": len(self.correct_QN),
-            **{f"pass@{k}": _with_interval(pass_at_k(self.correct_QN, k)) for k in powers(n)},
+            **{k: [float(v.mean()), *interval(resampled_means(v))] for k, v in passes.items()},
             "transcripts": self.transcripts,
-            **({"drawing": asdict(self.drawing)} if self.drawing else {}),
+            **({"drawing": self.sampling} if self.sampling else {}),
         }
 
-
-def _with_interval(values: np.ndarray) -> list[float]:
-    """[mean, low, high]"""
-    return [float(values.mean()), *interval(resampled_means(values))]
-
-
-def powers(n: int) -> list[int]:
-    """2, 4, 8, … and n itself: the k of pass@k with n samples."""
-    doubled = (2**i for i in range(1, n.bit_length()))
-    return sorted({k for k in doubled if k < n} | ({n} if n > 1 else set()))
+    def _ks(self) -> list[int]:
+        """The k of pass@k: 2, 4, 8, … and the number of samples itself."""
+        n = self.correct_QN.shape[1]
+        doubled = (2**i for i in range(1, n.bit_length()))
+        return sorted({k for k in doubled if k < n} | ({n} if n > 1 else set()))
 
 
 # --- categorical ----------------------------------------------------------------------------------
@@ -80,16 +80,16 @@ def evaluate_categorical(
     task: Task,
     progress: ProgressCallback = lambda done, total: None,
 ) -> ChatResult:
-    """The arg-max over the letters of each question, judged by the task."""
+    """The argmax over the letters of each question, judged by the task."""
     conversations = [task[i] for i in range(len(task))]
     spans = [letter_spans(tokenizer, conversation) for conversation in conversations]
-    correct = [
-        task.evaluate(conversation, likeliest_letter(conversation, scores))
+    rewards = [
+        task.reward(conversation, most_likely_letter(conversation, scores))
         for conversation, scores in zip(conversations, scorer.score(spans, progress), strict=True)
     ]
     guessing = np.mean([1 / len(conversation["letters"]) for conversation in conversations])
     baseline = CHAT_CORE.get(task.name, float(guessing))
-    return ChatResult(task.name, task.kind, np.array(correct, bool)[:, None], baseline)
+    return ChatResult(task.name, task.kind, is_right(np.array(rewards))[:, None], baseline)
 
 
 def letter_spans(tokenizer: Tokenizer, conversation: Conversation) -> list[Span]:
@@ -104,7 +104,7 @@ def letter_spans(tokenizer: Tokenizer, conversation: Conversation) -> list[Span]
     return found
 
 
-def likeliest_letter(conversation: Conversation, scores: Sequence[SpanScore]) -> str:
+def most_likely_letter(conversation: Conversation, scores: Sequence[SpanScore]) -> str:
     losses = [score.losses[0] for score in scores]
     return conversation["letters"][int(np.argmin(losses))]
 
@@ -113,33 +113,34 @@ def likeliest_letter(conversation: Conversation, scores: Sequence[SpanScore]) ->
 
 
 def evaluate_generative(
-    scheduler: Scheduler,
-    tokenizer: Tokenizer,
+    sampler: RolloutSampler,
     task: Task,
-    drawing: Drawing,
+    n: int = 1,
+    seed: int = 42,
     progress: ProgressCallback = lambda done, total: None,
 ) -> ChatResult:
-    """Answers of every question, judged by the task.
+    """`n` answers to every question, judged by the task.
 
-    The processes of a cluster divide the questions, each with a scheduler of its own; each gets all
-    results.
+    The processes of a cluster divide the questions, each with its own engine; all get all results.
     """
-    at_once = ROUNDS * scheduler.engine.n_slots * jax.process_count()
-    answer = partial(_answer, scheduler, tokenizer, task, drawing)
-    judged: list[list[tuple[str, bool]]] = []
-    for first in range(0, len(task), at_once):
-        numbers = range(first, min(first + at_once, len(task)))
-        judged += share_out(numbers, answer)
-        progress(numbers.stop, len(task))
-    correct = np.array([[right for _, right in samples] for samples in judged], bool)
+    batch_size = ROUNDS * sampler.engine.n_slots * jax.process_count()
+    groups: list[RolloutGroup] = []
+    for batch in sample_task(sampler, task, n, seed, batch_size):
+        groups += batch
+        progress(len(groups), len(task))
+    correct_QN = is_right(rewards_of(groups))
+    transcripts = [
+        {
+            "question": group.conversation["messages"][-2]["content"],
+            "answer": sampler.tokenizer.decode(group.rollouts[0].tokens),
+            "right": bool(correct_QN[i, 0]),
+        }
+        for i, group in enumerate(groups[:TRANSCRIPTS])
+    ]
+    names = ("max_new_tokens", "temperature", "top_k")
+    sampling = {"n_samples": n, **{name: getattr(sampler, name) for name in names}, "seed": seed}
     baseline = CHAT_CORE.get(task.name, 0.0)
-    shown = [_transcript(task[i], *samples[0]) for i, samples in enumerate(judged[:TRANSCRIPTS])]
-    return ChatResult(task.name, task.kind, correct, baseline, shown, drawing)
-
-
-def _transcript(conversation: Conversation, answer: str, right: bool) -> dict[str, Any]:
-    question = conversation["messages"][-2]["content"]
-    return {"question": question, "answer": answer, "right": right}
+    return ChatResult(task.name, task.kind, correct_QN, baseline, transcripts, sampling)
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def _mean_centred(results: Sequence[ChatResult]) -> tuple[float, list[float]]:
 
 
 def chat_table(found: dict[str, Any]) -> str:
-    """`chat_json`'s result for people."""
+    """`chat_json`'s result as a table."""
     lines = [f"{'task':<16}{'questions':>10}{'accuracy':>10}{'95 % interval':>17}{'centred':>10}"]
     for name, task in found["chat_tasks"].items():
         low, high = task["accuracy_interval"]

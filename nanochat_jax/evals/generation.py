@@ -1,12 +1,20 @@
-"""Text that a model writes, to look at: how a prompt goes on, or how the assistant answers it."""
+"""What a model writes: completions to look at, and answers to a task's questions with rewards.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+The second half is the one place that asks a model questions and judges its answers. Reinforcement
+learning samples with it, and both its held-out pass@k and that of scripts/eval_chat.py come from
+it: the same number for the same checkpoint, task, seed and settings.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanochat_jax.distributed import share_out
 from nanochat_jax.engine.engine import Engine, make_engine
-from nanochat_jax.engine.requests import Request, Sample
+from nanochat_jax.engine.requests import Request, Sample, stop_ids
 from nanochat_jax.engine.sampling import SamplingParams
 from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.gpt import GPT, Params
@@ -30,8 +38,15 @@ QUESTIONS = (
 )
 
 SAMPLING = SamplingParams(temperature=0.8, top_k=50, seed=42)
-MAX_ROWS = 16  # prompts at once
+MAX_SLOTS = 16  # prompts completed side by side
 CHUNK = 64  # nobody watches the tokens come
+
+MIN_PROMPT = 16  # tokens of the context that answers must leave to the question
+MAX_PROMPT = 2048  # the original's limit, for a model whose context leaves less than that
+TRAINING, EVALUATION = range(2)  # kinds of random numbers
+
+
+# --- completions ----------------------------------------------------------------------------------
 
 
 def completion_engine(
@@ -43,10 +58,11 @@ def completion_engine(
     *,
     chat: bool = False,
 ) -> Engine:
-    """An engine with room for `complete`; rows may become longer than those of the training."""
+    """An engine with room for `complete`; its rows may be longer than those of training."""
     longest = max(map(len, _prompt_ids(tokenizer, prompts, chat)))
-    slots = min(len(prompts), MAX_ROWS)
-    return make_engine(model, params, capacity=longest + max_new_tokens, n_slots=slots, chunk=CHUNK)
+    n_slots = min(len(prompts), MAX_SLOTS)
+    capacity = longest + max_new_tokens
+    return make_engine(model, params, capacity=capacity, n_slots=n_slots, chunk=CHUNK)
 
 
 def complete(
@@ -58,22 +74,20 @@ def complete(
     sampling: SamplingParams = SAMPLING,
     chat: bool = False,
 ) -> list[str]:
-    """How each prompt goes on, until <|bos|> (the next document) or `max_new_tokens`.
+    """The continuation of each prompt, up to <|bos|> (the next document) or `max_new_tokens`.
 
-    An empty prompt begins a document. Each prompt draws with random numbers of its own. With `chat`
-    the prompts are questions: the assistant's answers, to which the calculator adds its own.
+    An empty prompt begins a document. Prompt i is sampled with seed + i. With `chat` the prompts
+    are questions: the assistant's answers, with the calculator's results in them.
     """
-    names = ("<|bos|>", "<|assistant_end|>") if chat else ("<|bos|>",)
-    stop_ids = tuple(map(tokenizer.special_id, names))
     requests = [
         Request(
-            row,
+            ids,
             max_new_tokens,
             replace(sampling, seed=sampling.seed + i),
-            stop_ids=stop_ids,
+            stop_ids=stop_ids(tokenizer, chat=chat),
             use_tools=chat,
         )
-        for i, row in enumerate(_prompt_ids(tokenizer, prompts, chat))
+        for i, ids in enumerate(_prompt_ids(tokenizer, prompts, chat))
     ]
     samples = Scheduler(engine, tokenizer).generate(requests)
     return [tokenizer.decode(sample[0].tokens) for sample in samples]
@@ -86,82 +100,163 @@ def _prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> lis
     return [tokenizer.render_prompt({"messages": asked}) for asked in messages]
 
 
-MAX_PROMPT = 2048  # tokens; of longer conversations the oldest turns are left out
+# --- answers and rewards --------------------------------------------------------------------------
+
+
+class RolloutPrompt(NamedTuple):
+    """A question of a task, and the seed of its answers."""
+
+    example: int
+    seed: int
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How answers are drawn."""
+class Rollout:
+    """One answer to one question. `logprobs` are the sampler's; those of forced tokens are nan."""
 
-    n_samples: int = 1
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int = 50
-    seed: int = 42
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    forced: Sequence[bool]
+    logprobs: Sequence[float]
+    reward: float
+    reason: str  # why it ended: stop or length
+
+
+class RolloutGroup(NamedTuple):
+    """All answers to one question."""
+
+    prompt: RolloutPrompt
+    conversation: Conversation
+    rollouts: list[Rollout]
+
+
+def seed_of(*numbers: int) -> int:
+    """64 bits that differ whenever the numbers, none negative, do."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class RolloutSampler:
+    """Samples answers to a task's questions, with the calculator, and has the task judge them.
+
+    Questions share the engine's slots. The answers to a question depend only on the weights, the
+    settings and the prompt's seed.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    temperature: float
+    top_k: int
 
     def __post_init__(self):
-        if self.n_samples < 1 or self.max_new_tokens < 1:
-            raise ValueError("an answer needs at least one sample of one token")
-        if self.n_samples > 1 and self.temperature == 0:
+        if self.prompt_room < MIN_PROMPT:
             raise ValueError(
-                f"at temperature 0 all {self.n_samples} samples are the same; set --temperature"
+                f"answers of {self.max_new_tokens} tokens leave {self.prompt_room} of the model's "
+                f"context of {self.engine.capacity} for the question; lower max_new_tokens"
             )
 
+    @property
+    def prompt_room(self) -> int:
+        """Tokens that a prompt may have: longer conversations lose their oldest turns."""
+        return self.engine.capacity - self.max_new_tokens
 
-def pass_at_k(correct_QN: np.ndarray, k: int) -> np.ndarray:
-    """Of each question the chance that one of k samples is right, (Q,), from N ≥ k samples.
+    def sample(self, task: Task, prompts: Sequence[RolloutPrompt], n: int) -> list[RolloutGroup]:
+        """`n` answers to each prompt, with the task's rewards.
+
+        The processes of a cluster run divide the prompts; each gets all of the answers.
+        """
+        asked = [(prompt, task[prompt.example]) for prompt in prompts]
+        answers = share_out(asked, partial(self._sample_share, task, n))
+        return [
+            RolloutGroup(*pair, [Rollout(**fields) for fields in rollouts])
+            for pair, rollouts in zip(asked, answers, strict=True)
+        ]
+
+    def _sample_share(
+        self, task: Task, n: int, asked: Sequence[tuple[RolloutPrompt, Conversation]]
+    ) -> list[list[dict[str, Any]]]:
+        """The rollouts of each prompt, as JSON."""
+        requests = [
+            Request(
+                self.tokenizer.render_for_completion(conversation, self.prompt_room),
+                self.max_new_tokens,
+                SamplingParams(self.temperature, self.top_k, seed=prompt.seed),
+                n=n,
+                stop_ids=stop_ids(self.tokenizer, chat=True),
+                use_tools=True,
+            )
+            for prompt, conversation in asked
+        ]
+        # A new scheduler: an old one would reuse rows computed with other weights.
+        samples = Scheduler(self.engine, self.tokenizer).generate(requests)
+
+        def judged(request: Request, sample: Sample, conversation: Conversation) -> dict[str, Any]:
+            reward = float(task.reward(conversation, self.tokenizer.decode(sample.tokens)))
+            return asdict(Rollout(request.prompt, reward=reward, **vars(sample)))
+
+        return [
+            [judged(request, sample, conversation) for sample in of_prompt]
+            for (_, conversation), request, of_prompt in zip(asked, requests, samples, strict=True)
+        ]
+
+
+def make_sampler(
+    model: GPT,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    **engine: Any,
+) -> RolloutSampler:
+    """A sampler with an engine of its own. `params` are whole; `engine`: see `make_engine`.
+
+    A prompt and its answer share the context that the model was trained on, as in reinforcement
+    learning; only where that leaves no room for a question are the rows longer.
+    """
+    context = model.config.sequence_len
+    if context - max_new_tokens < MIN_PROMPT:
+        context = MAX_PROMPT + max_new_tokens
+    built = make_engine(model, params, capacity=context, **engine)
+    return RolloutSampler(built, tokenizer, max_new_tokens, temperature, top_k)
+
+
+def sample_task(
+    sampler: RolloutSampler, task: Task, n: int, seed: int, batch_size: int
+) -> Iterator[list[RolloutGroup]]:
+    """`n` answers to every question of a task, `batch_size` questions at a time.
+
+    The seed of a question depends on `seed` and its number alone: two evaluations differ by their
+    weights only.
+    """
+    for start in range(0, len(task), batch_size):
+        numbers = range(start, min(start + batch_size, len(task)))
+        prompts = [RolloutPrompt(i, seed_of(seed, EVALUATION, i)) for i in numbers]
+        yield sampler.sample(task, prompts, n)
+
+
+def rewards_of(groups: Sequence[RolloutGroup]) -> np.ndarray:
+    """(questions, samples) float64."""
+    return np.array([[rollout.reward for rollout in group.rollouts] for group in groups])
+
+
+def is_right(rewards: np.ndarray) -> np.ndarray:
+    """Right is a reward of 1 or more, everywhere."""
+    return rewards >= 1
+
+
+def pass_at_k(right_QN: np.ndarray, k: int) -> np.ndarray:
+    """Of each question the probability that one of k samples is right, (Q,), from N ≥ k samples.
 
     Unbiased: 1 − C(N−c, k) / C(N, k) with c right ones (arXiv 2107.03374).
     """
-    N = correct_QN.shape[1]
+    N = right_QN.shape[1]
     if not 1 <= k <= N:
         raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples of a question, not {N}")
-    wrong_Q = N - correct_QN.sum(axis=1)
-    missed_Q = np.ones(len(correct_QN))
+    wrong_Q = N - right_QN.sum(axis=1)
+    missed_Q = np.ones(len(right_QN))
     for i in range(k):  # the factors of the quotient of the binomials
         missed_Q *= np.maximum(wrong_Q - i, 0) / (N - i)
     return 1 - missed_Q
-
-
-def _answer(
-    scheduler: Scheduler, tokenizer: Tokenizer, task: Task, drawing: Drawing, numbers: Sequence[int]
-) -> list[list[tuple[str, bool]]]:
-    """Of each question the samples, and whether they are right."""
-    conversations = [task[i] for i in numbers]
-    requests = [
-        _request(tokenizer, conversation, drawing, i)
-        for i, conversation in zip(numbers, conversations, strict=True)
-    ]
-    return [
-        [_judge(tokenizer, task, conversation, sample) for sample in samples]
-        for conversation, samples in zip(conversations, scheduler.generate(requests), strict=True)
-    ]
-
-
-def _request(
-    tokenizer: Tokenizer, conversation: Conversation, drawing: Drawing, number: int
-) -> Request:
-    sampling = SamplingParams(drawing.temperature, drawing.top_k, seed=drawing.seed + number)
-    return Request(
-        tokenizer.render_for_completion(conversation, MAX_PROMPT),
-        drawing.max_new_tokens,
-        sampling,
-        n=drawing.n_samples,
-        stop_ids=(tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id),
-        use_tools=True,
-    )
-
-
-def _judge(tokenizer, task: Task, conversation: Conversation, sample: Sample) -> tuple[str, bool]:
-    text = tokenizer.decode(sample.tokens)
-    return text, bool(task.evaluate(conversation, text))
-
-
-def capacity_for(tokenizer: Tokenizer, tasks: Sequence[Task], drawing: Drawing) -> int:
-    """The tokens that an engine's rows need to answer all questions of the tasks."""
-    lengths = (
-        len(tokenizer.render_for_completion(task[i], MAX_PROMPT))
-        for task in tasks
-        for i in range(len(task))
-    )
-    return max(lengths, default=0) + drawing.max_new_tokens

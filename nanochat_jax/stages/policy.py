@@ -16,7 +16,6 @@ Shapes: A micro-batches, B rows, R rows of a step, T time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from nanochat_jax.evals.generation import Rollout
 from nanochat_jax.gpt import GPT, Params, init_params
 from nanochat_jax.sharding import AXIS, BATCH_SPEC, REPLICATED, specs
 from nanochat_jax.stages.settings import Advantage, Objective
@@ -33,22 +33,10 @@ from nanochat_jax.train import gather_weights
 STD_EPSILON = 1e-6  # of "std": a question whose samples are all alike has advantages of 0
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One sample of one question. `logprobs` are the sampler's; those of forced tokens are nan."""
-
-    prompt: Sequence[int]
-    tokens: Sequence[int]
-    forced: Sequence[bool]
-    logprobs: Sequence[float]
-    reward: float
-    reason: str  # why it ended: stop or length
-
-
 # --- rows -----------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
+class RolloutRows(NamedTuple):
     """A step's samples side by side, padded to one width (NumPy arrays)."""
 
     inputs_RT: np.ndarray  # int32
@@ -56,7 +44,9 @@ class Rows(NamedTuple):
     logprobs_RT: np.ndarray  # float32: the sampler's, of each target trained on; else 0
 
 
-def make_rows(rollouts: Sequence[Rollout], pad_id: int, widths: Sequence[int] = (1,)) -> Rows:
+def make_rows(
+    rollouts: Sequence[Rollout], pad_id: int, widths: Sequence[int] = (1,)
+) -> RolloutRows:
     """Rows of T inputs: T is the first of `widths` that holds the longest sample, or a multiple of
     the last. Few widths mean few compiled programs, many mean little padding."""
     longest = max(len(r.prompt) + len(r.tokens) for r in rollouts) - 1
@@ -70,7 +60,7 @@ def make_rows(rollouts: Sequence[Rollout], pad_id: int, widths: Sequence[int] = 
         ids[row, :start], ids[row, start:end] = rollout.prompt, rollout.tokens
         is_trained[row, start:end] = ~np.asarray(rollout.forced, bool)
         logprobs[row, start:end] = rollout.logprobs
-    return Rows(
+    return RolloutRows(
         ids[:, :-1],
         np.where(is_trained, ids, -1)[:, 1:],
         np.where(is_trained, logprobs, 0)[:, 1:],
@@ -130,7 +120,7 @@ class RolloutBatch(NamedTuple):
     reference_logprobs_ABT: Any = None  # of the policy to stay close to; None without KL
 
 
-def make_batch(rows: Rows, rewards_QN: np.ndarray, objective: Objective, at_once: int):
+def make_batch(rows: RolloutRows, rewards_QN: np.ndarray, objective: Objective, at_once: int):
     """A RolloutBatch of NumPy arrays; `at_once` rows make a micro-batch, empty ones fill it up."""
     lengths_QN = (rows.targets_RT >= 0).sum(axis=1).reshape(np.shape(rewards_QN))
 

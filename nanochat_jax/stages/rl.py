@@ -21,22 +21,19 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import progress_bar
 from nanochat_jax.distributed import is_main_process, say
 from nanochat_jax.engine.engine import make_engine
+from nanochat_jax.evals.generation import (
+    RolloutGroup,
+    RolloutPrompt,
+    RolloutSampler,
+    rewards_of,
+)
 from nanochat_jax.gpt import Params, make_model
 from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
 from nanochat_jax.runs import cut_metrics
 from nanochat_jax.sharding import make_mesh, own_mesh
 from nanochat_jax.stages import policy
 from nanochat_jax.stages.loop import run
-from nanochat_jax.stages.rollouts import (
-    Answered,
-    Interview,
-    Question,
-    Questions,
-    measure,
-    rewards_of,
-    summary,
-    transcripts,
-)
+from nanochat_jax.stages.rollouts import PromptLoader, measure, summary, transcripts
 from nanochat_jax.stages.settings import Objective, RlConfig
 from nanochat_jax.stages.stage import Source, Stage, TrainStep, find_source, load_tokenizer
 from nanochat_jax.tasks.registry import JSON, make_task
@@ -84,7 +81,7 @@ def make_stage(config: RlConfig) -> "RLStage":
         source=source,
         train_task=train_task,
         test_task=test_task,
-        interview=Interview(
+        sampler=RolloutSampler(
             make_engine(model, n_slots=slots, mesh=own_mesh(mesh)),
             tokenizer,
             config.max_new_tokens,
@@ -137,7 +134,7 @@ class RLStage(Stage):
     source: Source
     train_task: Task
     test_task: Task
-    interview: Interview
+    sampler: RolloutSampler
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -186,16 +183,16 @@ class RLStage(Stage):
     def _source_params(self) -> Params:
         return load_model(self.source.folder, self.source.step, mesh=self.mesh).params
 
-    def loader(self, state: dict[str, Any] | None) -> Questions:
+    def loader(self, state: dict[str, Any] | None) -> PromptLoader:
         """From the saved place on; transcripts of what comes after it are cut off."""
         config = self.config
         position = state["position"] if state else 0
         step = position // config.questions_per_step
         if is_main_process():
             cut_metrics(self.folder, lambda record: record["step"] < step, TRANSCRIPTS_FILE)
-        return Questions(len(self.train_task), config.questions_per_step, config.seed, position)
+        return PromptLoader(len(self.train_task), config.questions_per_step, config.seed, position)
 
-    def put(self, questions: list[Question]) -> list[Question]:
+    def put(self, questions: list[RolloutPrompt]) -> list[RolloutPrompt]:
         return questions
 
     # --- the step ---
@@ -205,12 +202,10 @@ class RLStage(Stage):
         config, widths = self.config, ROW_WIDTHS[self.model.attention]
         update = self._make_updates()
 
-        def step(state: TrainState, questions: list[Question]) -> tuple[TrainState, dict]:
+        def step(state: TrainState, questions: list[RolloutPrompt]) -> tuple[TrainState, dict]:
             began, number = perf_counter(), int(state.step)
             with self.synced_weights(state.params):
-                answered = self.interview.ask(
-                    self.train_task, questions, config.samples, self.train_task.reward
-                )
+                answered = self.sampler.sample(self.train_task, questions, config.samples)
             summed = {**summary(answered), "rollout_seconds": perf_counter() - began}
             if is_main_process():
                 self._write_transcripts(number, answered)
@@ -226,11 +221,11 @@ class RLStage(Stage):
     @contextmanager
     def synced_weights(self, params: Params) -> Iterator[None]:
         """The engine has the trainer's weights inside; outside its memory is the training's."""
-        self.interview.engine.load_weights(self._gather(params))
+        self.sampler.engine.load_weights(self._gather(params))
         try:
             yield
         finally:
-            self.interview.engine.free()
+            self.sampler.engine.free()
 
     @cached_property
     def _gather(self):
@@ -271,7 +266,7 @@ class RLStage(Stage):
 
         return updates
 
-    def _write_transcripts(self, step: int, answered: list[Answered]) -> None:
+    def _write_transcripts(self, step: int, answered: list[RolloutGroup]) -> None:
         records = transcripts(answered, self.tokenizer, self.config.transcripts)
         with (self.folder / TRANSCRIPTS_FILE).open("a", encoding="utf-8") as file:
             for record in records:
@@ -285,13 +280,13 @@ class RLStage(Stage):
         config, task = self.config, self.test_task
         n, per_round = config.eval_samples, config.questions_per_step
         with self.synced_weights(params), progress_bar("pass@k") as bar:
-            return measure(self.interview, task, config.seed, n, per_round, stopped, bar)
+            return measure(self.sampler, task, config.seed, n, per_round, stopped, bar)
 
     def sample(self, params: Params) -> list[tuple[str, str]]:
         """The most likely answers to the first held-out questions."""
-        interview, task = replace(self.interview, temperature=0.0), self.test_task
-        questions = [Question(i, 0) for i in range(min(N_SHOWN, len(task)))]
+        sampler, task = replace(self.sampler, temperature=0.0), self.test_task
+        questions = [RolloutPrompt(i, 0) for i in range(min(N_SHOWN, len(task)))]
         with self.synced_weights(params):
-            answered = interview.ask(task, questions, 1, task.reward)
+            answered = sampler.sample(task, questions, 1)
         decode = self.tokenizer.decode
         return [(decode(r.prompt), decode(r.tokens)) for a in answered for r in a.rollouts]

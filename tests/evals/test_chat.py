@@ -2,28 +2,22 @@
 
 import base64
 import json
-from itertools import combinations
 
 import numpy as np
 import pytest
 from script_runs import Script
 from tiny_run import make_run
 
-from nanochat_jax.engine.engine import make_engine
-from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.evals.chat import (
     CHAT_CORE,
     ChatResult,
     chat_json,
     chat_table,
     evaluate_categorical,
-    evaluate_generative,
     letter_spans,
-    powers,
 )
-from nanochat_jax.evals.generation import Drawing, capacity_for, pass_at_k
 from nanochat_jax.evals.scoring import Scorer
-from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
+from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.interop.names import params_from_torch
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tasks.task import Task, exchange, is_reference
@@ -74,93 +68,19 @@ def test_the_original_s_letters(golden, n_devices):
             np.testing.assert_allclose(differences, np.array(logits) - logits[0], atol=3e-5)
 
 
-# --- a model of our own ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["who are you? one and two make three. A B C D"] * 3, vocab_size=280)
-
-
-@pytest.fixture(scope="module")
-def model_and_params(tokenizer):
-    config = GPTConfig(
-        sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=1,
-        n_embd=32,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    table = parameter_table(config)
-    params = {n: rng.normal(0, 0.3, shape).astype(np.float32) for n, (shape, _) in table.items()}
-    return GPT(config), params
-
-
-def questions(n: int) -> list:
-    return [exchange(f"{'one and ' * i}two?", "three") for i in range(n)]
-
-
-def test_answers_do_not_depend_on_how_many_are_written_at_once(model_and_params, tokenizer):
-    """And the judge hears what the model wrote, without the marker that ended it."""
-    heard: list[list[str]] = []
-    drawing = Drawing(n_samples=3, max_new_tokens=6, temperature=1.0)
-    for slots in (2, 5):
-        texts = []
-
-        def judge(conversation, text, texts=texts) -> bool:
-            texts.append(text)
-            return len(text) % 2 == 0
-
-        task = Listed("odd", "generative", questions(7), judge)
-        engine = make_engine(
-            *model_and_params, capacity=capacity_for(tokenizer, [task], drawing), n_slots=slots
-        )
-        scheduler = Scheduler(engine, tokenizer)
-        seen = []
-        result = evaluate_generative(
-            scheduler, tokenizer, task, drawing, lambda *done, seen=seen: seen.append(done)
-        )
-        assert result.correct_QN.shape == (7, 3)
-        assert result.correct_QN.ravel().tolist() == [len(text) % 2 == 0 for text in texts]
-        assert seen[-1] == (7, 7)
-        assert len(result.transcripts) == 3
-        assert result.transcripts[0]["question"] == "two?"
-        heard.append(texts)
-    assert heard[0] == heard[1]
-    assert len(set(heard[0])) > 10
-
-
 def test_a_letter_of_two_tokens_is_refused(tokenizer):
     conversation = exchange("which?", "A", letters=["A", "xyz"])
     with pytest.raises(ValueError, match="'xyz' of a question is not one token"):
         letter_spans(tokenizer, conversation)
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [({"n_samples": 2}, "all 2 samples are the same"), ({"n_samples": 0}, "at least one")],
-)
-def test_drawings_that_make_no_sense(how, message):
-    with pytest.raises(ValueError, match=message):
-        Drawing(**how)
-
-
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def test_pass_at_k_is_the_share_of_all_choices_of_k_samples():
-    rng = np.random.default_rng(0)
-    correct = rng.random((20, 6)) < rng.random((20, 1))
-    for k in range(1, 7):
-        wanted = [
-            np.mean([any(row[list(c)]) for c in combinations(range(6), k)]) for row in correct
-        ]
-        np.testing.assert_allclose(pass_at_k(correct, k), wanted)
-    for k in (0, 7):
-        with pytest.raises(ValueError, match="needs at least"):
-            pass_at_k(correct, k)
-
-
-def test_which_k_are_told():
-    assert [powers(n) for n in (1, 2, 6, 8)] == [[], [2], [2, 4, 6], [2, 4, 8]]
+def test_pass_at_k_is_reported_for_powers_of_two_and_all_samples():
+    for n, wanted in ((1, []), (2, [2]), (6, [2, 4, 6]), (8, [2, 4, 8])):
+        found = ChatResult("any", "generative", np.ones((3, n), bool), 0.0).as_json()
+        assert [key for key in found if "@" in key] == [f"pass@{k}" for k in wanted]
 
 
 def result(name: str, share: float) -> ChatResult:
@@ -196,7 +116,7 @@ def test_the_script_measures_what_is_there_and_says_so(base, call):
     flags = ["--run=tiny", "--max-new-tokens=4", "--slots=4", "--n-devices=1"]
     output = call("eval_chat.py", *flags, "--max-problems=5")
     assert "left out, as their data is not there: arc-easy" in output
-    assert "what the program makes itself: choice" in output
+    assert "tasks that need no data: choice" in output
     found = json.loads(output.strip().splitlines()[-1])
     assert found == json.loads((base / "runs" / "tiny" / "eval_chat.json").read_text())
     assert found["step"] == 5
@@ -219,4 +139,5 @@ def test_two_processes_measure_the_same(base, call):
 def test_mistakes_are_told_before_anything_is_loaded(base, call):
     assert "there is no task 'riddles'" in call("eval_chat.py", "--run=tiny", "--tasks=riddles")
     assert "set --temperature" in call("eval_chat.py", "--run=tiny", "--n-samples=4")
+    assert "at least one sample" in call("eval_chat.py", "--run=tiny", "--n-samples=0")
     assert "holds no checkpoints" in call("eval_chat.py", "--run=nobody", "--tasks=arithmetic")

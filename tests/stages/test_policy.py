@@ -9,11 +9,11 @@ import optax
 import pytest
 from golden_optim import arrays, model_config
 
+from nanochat_jax.evals.generation import Rollout
 from nanochat_jax.gpt import GPT, GPTConfig, init_params
 from nanochat_jax.interop.names import params_from_torch, params_to_torch
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import policy
-from nanochat_jax.stages.policy import Rollout
 from nanochat_jax.stages.settings import Objective
 from nanochat_jax.train import TrainState, init_state, make_train_step, state_from_logical
 
@@ -59,7 +59,7 @@ def original(golden):
     return GPT(config), jax.tree.map(jnp.asarray, params), meta["cases"], archive
 
 
-def rows_of(case) -> policy.Rows:
+def rows_of(case) -> policy.RolloutRows:
     start = case["prefix_len"]
     rollouts = [
         rollout(ids[:start], ids[start:], [m == 0 for m in mask[start:]])
@@ -119,8 +119,10 @@ def test_more_questions_share_the_loss(original):
     model, params, cases, _ = original
     case, rows = cases[0], rows_of(cases[0])
     n, questions = len(case["rewards"]), 16
-    nothing = policy.Rows(rows.inputs_RT, np.full_like(rows.targets_RT, -1), rows.logprobs_RT * 0)
-    together = policy.Rows(
+    nothing = policy.RolloutRows(
+        rows.inputs_RT, np.full_like(rows.targets_RT, -1), rows.logprobs_RT * 0
+    )
+    together = policy.RolloutRows(
         *(np.concatenate([a, *[b] * 15]) for a, b in zip(rows, nothing, strict=True))
     )
     rewards = np.ones((questions, n))

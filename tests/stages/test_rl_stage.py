@@ -20,18 +20,12 @@ from script_runs import ROOT, Script, finish, n_train_records, wait_for
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.evals.generation import RolloutPrompt, RolloutSampler, seed_of
 from nanochat_jax.runs import lock_run, read_metrics
 from nanochat_jax.stages.finetuning import finetune
 from nanochat_jax.stages.policy import make_rows
 from nanochat_jax.stages.rl import TRANSCRIPTS_FILE, make_stage, reinforce, rl_optimizer
-from nanochat_jax.stages.rollouts import (
-    Interview,
-    Question,
-    Questions,
-    seed_of,
-    summary,
-    transcripts,
-)
+from nanochat_jax.stages.rollouts import PromptLoader, summary, transcripts
 from nanochat_jax.stages.settings import FinetuneConfig, RlConfig
 from nanochat_jax.tasks.chats import CustomJSON
 from nanochat_jax.tasks.registry import MADE_HERE, make_task
@@ -134,6 +128,20 @@ def test_several_updates_with_ratio_and_divergence(here, base, script):
     assert second["lr_multiplier"] == pytest.approx(0.2)
     with Checkpoints(script.folder("grpo"), read_only=True) as checkpoints:
         assert checkpoints.latest() == 2  # steps, not updates
+
+
+def test_eval_chat_measures_the_same_pass_at_k(base, script, whole):
+    """The last held-out measurement of a run, and eval_chat.py on its last checkpoint."""
+    names = ("task", "max_new_tokens", "eval_questions", "eval_samples")
+    task, new_tokens, questions, samples = (script.settings[name] for name in names)
+    settings = {"run": "whole", "tasks": task, "max-problems": questions, "n-samples": samples}
+    settings |= {"temperature": 1.0, "max-new-tokens": new_tokens, "slots": 55, "n-devices": 1}
+    output = Script(base, "eval_chat.py", settings).run()
+    (found,) = json.loads(output.splitlines()[-1])["chat_tasks"].values()
+    measured = [record for record in whole if record["kind"] == "val"][-1]
+    assert measured["step"] == STEPS
+    assert 0 < measured["pass@1"] < 1
+    assert (found["accuracy"], found["pass@2"][0]) == (measured["pass@1"], measured["pass@2"])
 
 
 # --- it can be interrupted ------------------------------------------------------------------------
@@ -288,7 +296,7 @@ def test_rates_are_the_sources_and_fall_to_nothing(here, base):
 
 
 def test_questions_come_round_and_go_on_where_they_were():
-    questions = Questions(size=5, per_step=3, seed=1)
+    questions = PromptLoader(size=5, per_step=3, seed=1)
     steps = [next(questions) for _ in range(4)]
     assert [[q.example for q in step] for step in steps] == [
         [0, 1, 2],
@@ -297,9 +305,9 @@ def test_questions_come_round_and_go_on_where_they_were():
         [4, 0, 1],
     ]
     assert len({q.seed for step in steps for q in step}) == 12  # also when a question comes again
-    later = Questions(size=5, per_step=3, seed=1, position=6)
+    later = PromptLoader(size=5, per_step=3, seed=1, position=6)
     assert [next(later), next(later)] == steps[2:]
-    assert next(Questions(size=5, per_step=3, seed=2))[0].seed != steps[0][0].seed
+    assert next(PromptLoader(size=5, per_step=3, seed=2))[0].seed != steps[0][0].seed
 
 
 def test_seeds_differ_when_any_number_does():
@@ -350,15 +358,15 @@ def test_the_calculator_answers_and_its_answer_is_not_trained_on(tmp_path):
         {"role": "assistant", "content": "<|python_start|>9*8<|python_end|>x"},
     ]
     (tmp_path / "one.jsonl").write_text(json.dumps(conversation))
-    task = CustomJSON(tmp_path / "one.jsonl")
-    interview = Interview(certain_engine(tokenizer, after), tokenizer, 40, 1.0, 50)
+    sampler = RolloutSampler(certain_engine(tokenizer, after), tokenizer, 40, 1.0, 50)
     judged = []
 
-    def judge(conversation, completion: str) -> float:
-        judged.append(completion)
-        return 0.25
+    class Judged(CustomJSON):
+        def reward(self, conversation, completion: str) -> float:
+            judged.append(completion)
+            return 0.25
 
-    (answered,) = interview.ask(task, [Question(0, 1)], 3, judge)
+    (answered,) = sampler.sample(Judged(tmp_path / "one.jsonl"), [RolloutPrompt(0, 1)], 3)
     text = "<|python_start|>9*8<|python_end|><|output_start|>72<|output_end|># 72"
     assert judged == [text] * 3
     rollout = answered.rollouts[0]
