@@ -1,8 +1,8 @@
-"""Conversations of other people: SmolTalk from the hub, and files of one's own."""
+"""Conversations written by others: SmolTalk from the hub, and JSON files of your own."""
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +10,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nanochat_jax.tasks.rows import Faults, TaskRows, is_blank
+from nanochat_jax.tasks.rows import Faults, RowTask, is_blank
 from nanochat_jax.tasks.task import (
     Conversation,
     Skipped,
     Task,
     check_index,
-    is_reference,
     report_skipped,
     why_unusable,
 )
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
-SMOLTALK_SCHEMA = pa.schema([("messages", pa.list_(_MESSAGE))])
 
 
-class SmolTalk(Task):
+class SmolTalk(RowTask):
     """General conversations with an assistant (smol-smoltalk, 2502.02737)."""
 
     name, kind = "smoltalk", "generative"
+    schema = pa.schema([("messages", pa.list_(_MESSAGE))])
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._rows = TaskRows(self.name, files, SMOLTALK_SCHEMA, _smoltalk_faults)
-        self.skipped = self._rows.skipped
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        return row
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> Conversation:
-        check_index(i, len(self))
-        return self._rows[i]
-
-    def where(self, i: int) -> str:
-        return self._rows.where(i)
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return is_reference(conversation, completion)
-
-
-def _smoltalk_faults(table: pa.Table) -> Faults:
-    """`why_unusable` for the few rows that a look at whole columns finds suspicious."""
-    faults, first = dict[int, str](), 0
-    for chunk in table.column("messages").chunks:
-        for row in _suspicious(chunk):
-            if why := why_unusable(chunk[int(row)].as_py()):
-                faults[first + int(row)] = why
-        first += len(chunk)
-    return faults
+    def find_faults(self, table: pa.Table) -> Faults:
+        """`why_unusable` for the few rows that a look at whole columns finds suspicious."""
+        faults, first = dict[int, str](), 0
+        for chunk in table.column("messages").chunks:
+            for row in _suspicious(chunk):
+                if why := why_unusable(chunk[int(row)].as_py()):
+                    faults[first + int(row)] = why
+            first += len(chunk)
+        return faults
 
 
 def _suspicious(messages: pa.ListArray) -> np.ndarray:
@@ -113,9 +97,6 @@ class CustomJSON(Task):
 
     def where(self, i: int) -> str:
         return f"{self.path}, line {self._lines[i]}"
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return is_reference(conversation, completion)
 
     def _find_lines(self) -> Iterator[Skipped]:
         """Notes the places of the usable lines, and yields the others."""

@@ -1,15 +1,12 @@
 """GSM8K: sums in words for children, solved with the calculator (Cobbe et al., 2110.14168)."""
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from nanochat_jax.tasks.rows import TaskRows, blank_faults, strings
+from nanochat_jax.tasks.rows import RowTask, strings
 from nanochat_jax.tasks.task import (
     Conversation,
     Part,
-    Task,
-    check_index,
     exchange,
     is_reference_number,
     python,
@@ -19,26 +16,14 @@ from nanochat_jax.tasks.task import (
 _CALL = re.compile(r"<<([^>]+)>>")
 
 
-class GSM8K(Task):
+class GSM8K(RowTask):
     """Right is the completion whose number after "#### " equals the reference's."""
 
     name, kind = "gsm8k", "generative"
+    schema = strings("question", "answer")
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        schema = strings("question", "answer")
-        self._rows = TaskRows(self.name, files, schema, blank_faults)
-        self.skipped = self._rows.skipped
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> Conversation:
-        check_index(i, len(self))
-        row = self._rows[i]
+    def conversation(self, row: dict[str, Any]) -> Conversation:
         return exchange(row["question"], parse_answer(row["answer"]))
-
-    def where(self, i: int) -> str:
-        return self._rows.where(i)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return is_reference_number(conversation, completion)

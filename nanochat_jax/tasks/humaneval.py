@@ -3,37 +3,30 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nanochat_jax.sandbox.run import run
-from nanochat_jax.tasks.rows import TaskRows, blank_faults, strings
-from nanochat_jax.tasks.task import Conversation, Task, check_index, exchange
+from nanochat_jax.tasks.rows import RowTask, strings
+from nanochat_jax.tasks.task import Conversation, exchange
 
-SCHEMA = strings("prompt", "canonical_solution", "entry_point", "test")
 TIMEOUT_S = 5.0
 
 _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
 
-class HumanEval(Task):
+class HumanEval(RowTask):
     """Right is the completion whose program passes the tests to their end, in the sandbox."""
 
     name, kind = "humaneval", "generative"
+    schema = strings("prompt", "canonical_solution", "entry_point", "test")
 
     def __init__(self, files: Sequence[Path], *, allow_unsandboxed: bool = False) -> None:
-        self._rows = TaskRows(self.name, files, SCHEMA, blank_faults)
-        self.skipped, self._allow_unsandboxed = self._rows.skipped, allow_unsandboxed
+        super().__init__(files)
+        self._allow_unsandboxed = allow_unsandboxed
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> Conversation:
-        check_index(i, len(self))
-        row = self._rows[i]
+    def conversation(self, row: dict[str, Any]) -> Conversation:
         solution = f"{row['prompt']}\n{row['canonical_solution']}"
         return exchange(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
-
-    def where(self, i: int) -> str:
-        return self._rows.where(i)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         program = full_program(conversation, completion)

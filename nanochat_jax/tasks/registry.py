@@ -39,38 +39,35 @@ from nanochat_jax.tasks.spelling import (
     sample_counting,
     sample_spelling,
 )
-from nanochat_jax.tasks.synthetic import SPLITS, Synthetic
-from nanochat_jax.tasks.task import Task, is_reference, is_reference_number
+from nanochat_jax.tasks.synthetic import SPLITS, Judge, Sampler, Synthetic
+from nanochat_jax.tasks.task import Kind, Task, is_reference, is_reference_number
 
 type Named = tuple[str, str]  # a task and a split
 
 FROM_HUB: dict[str, Callable[[Sequence[Path]], Task]] = {
     "smoltalk": SmolTalk,
     "mmlu": MMLU,
-    "mmlu-aux": lambda files: MMLU(files, "mmlu-aux"),
+    "mmlu-aux": partial(MMLU, name="mmlu-aux"),
     "gsm8k": GSM8K,
-    "arc-easy": lambda files: ARC(files, "arc-easy"),
-    "arc-challenge": lambda files: ARC(files, "arc-challenge"),
+    "arc-easy": partial(ARC, name="arc-easy"),
+    "arc-challenge": partial(ARC, name="arc-challenge"),
     "humaneval": HumanEval,
 }
 OF_WORDS: dict[str, Callable[[list[str], str, int | None], Task]] = {
     "spellingbee": SpellingBee,
     "spelling": SimpleSpelling,
 }
+_SYNTHETIC: tuple[tuple[str, Kind, Sampler, Judge], ...] = (
+    ("arithmetic", "generative", sample_arithmetic, is_reference_number),
+    ("counting", "generative", sample_counting, is_reference_number),
+    ("spelling-local", "generative", sample_spelling, is_reference),
+    ("choice", "categorical", sample_choice, is_reference),
+    ("identity-local", "generative", sample_identity, says_its_name),
+    ("dialogue", "generative", sample_dialogue, is_last_answer),
+)
 # Called with a split and a limit. A class of your own gets its name here.
 MADE_HERE: dict[str, Callable[[str, int | None], Task]] = {
-    "arithmetic": partial(
-        Synthetic, "arithmetic", "generative", sample_arithmetic, is_reference_number
-    ),
-    "counting": partial(Synthetic, "counting", "generative", sample_counting, is_reference_number),
-    "spelling-local": partial(
-        Synthetic, "spelling-local", "generative", sample_spelling, is_reference
-    ),
-    "choice": partial(Synthetic, "choice", "categorical", sample_choice, is_reference),
-    "identity-local": partial(
-        Synthetic, "identity-local", "generative", sample_identity, says_its_name
-    ),
-    "dialogue": partial(Synthetic, "dialogue", "generative", sample_dialogue, is_last_answer),
+    row[0]: partial(Synthetic, *row) for row in _SYNTHETIC
 }
 JSON = "json:"
 

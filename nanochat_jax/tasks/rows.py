@@ -1,6 +1,6 @@
-"""Rows of Parquet files in a fixed random order, with those that cannot be used left out."""
+"""Tasks made of rows of Parquet files, in a fixed random order, the unusable ones left out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +9,49 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat_jax.tasks.task import Skipped, report_skipped
+from nanochat_jax.tasks.task import Conversation, Skipped, Task, check_index, report_skipped
 
 SHUFFLE_SEED = 42
 
 type Faults = Mapping[int, str]
 
 
-class TaskRows:
-    """The usable rows of some files: `rows[i]` is a dictionary of the columns.
+class RowTask(Task):
+    """A task whose examples are the usable rows of Parquet files.
 
-    `find_faults(table)` says which rows, by number, are unusable and why; they are reported in one
-    warning and listed in `skipped`. The table stays in Arrow's memory; only the row asked for
-    becomes Python. Raises ValueError naming the file that cannot be read as `schema`.
+    A subclass sets `schema` and writes `conversation`. Unusable rows are reported in one warning
+    and listed in `skipped`. The table stays in Arrow's memory; only the row asked for becomes
+    Python. Raises ValueError naming the file that cannot be read as `schema`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        files: Sequence[Path],
-        schema: pa.Schema,
-        find_faults: Callable[[pa.Table], Faults],
-    ) -> None:
-        tables = [_read(path, schema) for path in files]
+    schema: pa.Schema
+
+    def __init__(self, files: Sequence[Path], name: str | None = None) -> None:
+        if name is not None:
+            self.name = name
+        tables = [_read(path, self.schema) for path in files]
         self._files, self._ends = list(files), np.cumsum([table.num_rows for table in tables])
         self._table = pa.concat_tables(tables)
-        faults = find_faults(self._table)
+        faults = self.find_faults(self._table)
         self.skipped = [Skipped(self._place(row), why) for row, why in sorted(faults.items())]
-        report_skipped(name, self.skipped, self._table.num_rows)
+        report_skipped(self.name, self.skipped, self._table.num_rows)
         order = np.random.default_rng(SHUFFLE_SEED).permutation(self._table.num_rows)
         self._order = order[~np.isin(order, list(faults))] if faults else order
+
+    def find_faults(self, table: pa.Table) -> Faults:
+        """Which rows are unusable, by number, and why."""
+        return blank_faults(table)
+
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        """The example that a row, as a dictionary of the columns, stands for."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._table.slice(int(self._order[i]), 1).to_pylist()[0]
+    def __getitem__(self, i: int) -> Conversation:
+        check_index(i, len(self))
+        return self.conversation(self._table.slice(int(self._order[i]), 1).to_pylist()[0])
 
     def where(self, i: int) -> str:
         return self._place(int(self._order[i]))

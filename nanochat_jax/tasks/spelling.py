@@ -11,14 +11,13 @@ from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from nanochat_jax.tasks.synthetic import SPLITS, Example
+from nanochat_jax.tasks.synthetic import Example, check_split
 from nanochat_jax.tasks.task import (
     Conversation,
     Part,
     Task,
     check_index,
     exchange,
-    is_reference,
     is_reference_number,
     python,
     text,
@@ -26,7 +25,7 @@ from nanochat_jax.tasks.task import (
 from nanochat_jax.tasks.words import sample_word
 
 SIZE = 1000  # examples unless a limit asks for fewer or more
-TEST_SEEDS = 10_000_000  # example i of the test is drawn with this + i
+TEST_SEEDS = 10_000_000  # plus i is the seed of example i of the test split
 SHUFFLE_SEED = 42
 
 # The word in single quotes at the beginning of a line is cut into the same tokens as in the call.
@@ -51,14 +50,19 @@ BEE_QUESTIONS = (
 SPELL_QUESTIONS = ("Spell {word}.", "How do you spell {word}?", "Please spell the word {word}.")
 
 
-class SpellingBee(Task):
-    """How many times a letter occurs in a word: counted by hand, then by the calculator."""
+class WordTask(Task):
+    """Questions about words of a list: example i is made with a generator of its own seed."""
 
-    name, kind = "spellingbee", "generative"
+    kind = "generative"
 
     def __init__(self, words: list[str], split: str = "train", size: int | None = None) -> None:
-        self._words, self._first = words, _first_seed(self.name, split)
+        check_split(self.name, split)
+        self._words, self._first = words, 0 if split == "train" else TEST_SEEDS
         self._size = SIZE if size is None else size
+
+    def about(self, word: str, rng: random.Random) -> Conversation:
+        """The example about a word."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self._size
@@ -66,7 +70,15 @@ class SpellingBee(Task):
     def __getitem__(self, i: int) -> Conversation:
         check_index(i, len(self))
         rng = random.Random(self._first + i)
-        word = rng.choice(self._words)
+        return self.about(rng.choice(self._words), rng)
+
+
+class SpellingBee(WordTask):
+    """How many times a letter occurs in a word: counted by hand, then by the calculator."""
+
+    name = "spellingbee"
+
+    def about(self, word: str, rng: random.Random) -> Conversation:
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(ascii_lowercase)
         question = rng.choice(BEE_QUESTIONS).format(word=word, letter=letter)
         return exchange(question, count_by_hand(word, letter))
@@ -75,28 +87,19 @@ class SpellingBee(Task):
         return is_reference_number(conversation, completion)
 
 
-class SimpleSpelling(Task):
+class SimpleSpelling(WordTask):
     """A word and its letters: "word:w,o,r,d"."""
 
-    name, kind = "spelling", "generative"
+    name = "spelling"
 
     def __init__(self, words: list[str], split: str = "train", size: int | None = None) -> None:
-        self._words, self._first = list(words), _first_seed(self.name, split)
-        random.Random(SHUFFLE_SEED).shuffle(self._words)
-        self._size = SIZE if size is None else size
+        shuffled = list(words)
+        random.Random(SHUFFLE_SEED).shuffle(shuffled)
+        super().__init__(shuffled, split, size)
 
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, i: int) -> Conversation:
-        check_index(i, len(self))
-        rng = random.Random(self._first + i)
-        word = rng.choice(self._words)
+    def about(self, word: str, rng: random.Random) -> Conversation:
         question = rng.choice(SPELL_QUESTIONS).format(word=word)
         return exchange(question, f"{word}:{','.join(word)}")
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return is_reference(conversation, completion)
 
 
 def count_by_hand(word: str, letter: str) -> list[Part]:
@@ -143,9 +146,3 @@ def read_words(path: Path) -> list[str]:
     if not words:
         raise ValueError(f"{path} has no words; delete it and run scripts/prefetch.py")
     return words
-
-
-def _first_seed(name: str, split: str) -> int:
-    if split not in SPLITS:
-        raise ValueError(f"{name} has the splits {' and '.join(SPLITS)}, not {split!r}")
-    return 0 if split == "train" else TEST_SEEDS

@@ -1,12 +1,13 @@
 """What a task is: conversations by number, and a judge of completions.
 
-A new verifiable task is one small class: inherit from Task, say `name` and `kind`, and write
-`__len__`, `__getitem__` and `evaluate`. If it is made with a split ("train" or "test") and a limit
-(of examples, or None), a line in registry.py's MADE_HERE gives it a name on the command line.
+A new verifiable task is one small class: inherit from Task, set `name` and `kind`, and write
+`__len__`, `__getitem__` and, unless right means the reference word for word, `evaluate`. If it is
+made with a split ("train" or "test") and a limit (of examples, or None), a line in registry.py's
+MADE_HERE gives it a name on the command line.
 
 A conversation is what the tokenizer renders, {"messages": [{"role": …, "content": …}, …]}, ending
 with the assistant's message that is to be learned. That of a categorical task also has "letters":
-the model's choice is the arg-max over them, each being one token.
+the model's choice is the most likely (argmax) of them, each being one token.
 """
 
 import logging
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 type Conversation = dict[str, Any]
 type Part = dict[str, str]
+type Kind = Literal["categorical", "generative"]
 
 LETTERS = ("A", "B", "C", "D")
 MAX_NAMED = 20  # unusable rows that a warning names
@@ -55,14 +57,14 @@ class Task(Conversations, Protocol):
     A completion is the text of the assistant's message, with the markers of its tool calls.
     """
 
-    kind: Literal["categorical", "generative"]
+    kind: Kind
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether a completion is right."""
-        ...
+        """Whether a completion is right: by default, whether it is the reference."""
+        return is_reference(conversation, completion)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """What reinforcement learning pays for it."""
+        """The reward of a completion in reinforcement learning; 1 and more means right."""
         return float(self.evaluate(conversation, completion))
 
 
