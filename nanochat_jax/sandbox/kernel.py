@@ -1,4 +1,4 @@
-"""What the sandbox asks of Linux: namespaces, mounts, Landlock, limits, capabilities.
+"""The system calls that the sandbox needs: namespaces, mounts, Landlock, limits, capabilities.
 
 Runs in the sandbox's own process (child.py) and needs nothing but the standard library. The
 numbers are the kernel's interface: include/uapi/linux/{mount,prctl,landlock,capability}.h.
@@ -35,12 +35,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Refused(Exception):
-    """The kernel does not give what the walls need; the message says what."""
+    """The kernel does not grant what the isolation needs; the message says what."""
 
 
-def die_with_parent(how: int = signal.SIGKILL) -> None:
-    """Sent when the parent ends. Forgotten when user or capabilities change: ask again then."""
-    _prctl(_SET_DEATH_SIGNAL, how)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Signals this process when its parent ends. A change of user or capabilities undoes it."""
+    _prctl(_SET_DEATH_SIGNAL, number)
 
 
 def adopt_orphans() -> None:
@@ -97,9 +97,9 @@ def build_root(visible: Sequence[str]) -> None:
 
 
 def complete_bwrap() -> None:
-    """What bwrap cannot be told: that /tmp holds few files, and that devices keep their modes.
+    """What bwrap has no flags for: few files in /tmp, and devices whose modes cannot be changed.
 
-    Writing to a device is not writing to its file system: they work, read-only.
+    Mounted read-only, devices can still be written to: that is not writing to a file system.
     """
     _mount_tmp("/tmp", again=_REMOUNT)
     for path in _real(DEVICES):
@@ -155,15 +155,14 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 def lock_files(visible: Sequence[str], interpreter: str) -> None:
     """Allows this process to read `visible`, use DEVICES and become `interpreter`; no other file.
 
-    From the third version of Landlock on (Linux 6.2), which also guards against cutting files.
+    From the third version of Landlock on (Linux 6.2), which also guards against truncation.
     """
     version = _syscall("Landlock", _LANDLOCK_CREATE, None, 0, 1)
     if version < 3:
-        raise Refused(f"Landlock is of version {version}, 3 is needed")
+        raise Refused(f"Landlock has version {version}, 3 is needed")
     every = (1 << (16 if version >= 5 else 15)) - 1
-    # Files, TCP, and what is scoped: abstract sockets and signals. Older kernels know fewer.
-    words = [every, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0]
-    known = words[: 3 if version >= 6 else 2 if version >= 4 else 1]
+    # Files; TCP from version 4 on; from 6 on abstract sockets and signals.
+    known = [every, *([0b11] if version >= 4 else []), *([0b11] if version >= 6 else [])]
     attributes = (ctypes.c_uint64 * len(known))(*known)
     rules = _syscall(
         "Landlock", _LANDLOCK_CREATE, attributes, ctypes.c_size_t(ctypes.sizeof(attributes)), 0
@@ -190,7 +189,7 @@ def _allow(rules: int, path: str, what: int) -> None:
 
 
 def limit(memory_mib: int, cpu_s: int, count_tasks: bool) -> None:
-    """Bounds on what one process may take; they can only be lowered afterwards.
+    """Bounds on what one process may use; they can only be lowered afterwards.
 
     count_tasks: also on the threads and processes that its user has in its user namespace.
     """
@@ -209,9 +208,9 @@ def limit(memory_mib: int, cpu_s: int, count_tasks: bool) -> None:
         resource.setrlimit(what, (value, value))
 
 
-def offer_to_the_oom_killer() -> None:
-    """When the machine's memory runs out, this process goes first."""
-    with suppress(OSError):  # a help, not a wall
+def set_oom_score() -> None:
+    """When the machine's memory runs out, this process is killed first."""
+    with suppress(OSError):  # helpful, not needed
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 

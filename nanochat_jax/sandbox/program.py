@@ -5,8 +5,9 @@ must be out of its reach: it is in no variable, only in the arguments of a call 
 makes once the program has returned. The functions that could find it there, or make Python skip
 lines, are refused.
 
-Given to a new interpreter as text (child.py), with two descriptors as arguments: to report
-to, and to tell that the walls are up. Needs nothing but the standard library, and never ctypes.
+Given to a new interpreter as text (child.py), with two descriptors as arguments: the result pipe,
+and the one to signal that the isolation stands. Needs nothing but the standard library, and never
+ctypes.
 """
 
 import json
@@ -25,24 +26,20 @@ MAX_REASON = 300  # characters
 
 
 def main() -> NoReturn:
-    job = json.loads(sys.stdin.buffer.read())
-    report, ready = map(int, sys.argv[1:])
+    """Runs payload["program"] as __main__ and writes to the result pipe: payload["secret"] at its
+    end, or why it did not get that far. Ends the process."""
+    payload = json.loads(sys.stdin.buffer.read())
+    pipe, ready = map(int, sys.argv[1:])
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.write(ready, b".")
     os.close(ready)
-    run_program(job, report)
-
-
-def run_program(job: dict[str, Any], report: int) -> NoReturn:
-    """Runs job["program"] as __main__ and writes to descriptor `report`: job["secret"] at its end,
-    or why it did not come so far. Ends the process."""
     output = sys.stdout
     status = 1
     try:
         module = ModuleType("__main__")
-        code = compile(job.pop("program"), "<program>", "exec", dont_inherit=True)
+        code = compile(payload.pop("program"), "<program>", "exec", dont_inherit=True)
         sys.modules["__main__"] = module
         os.environ.pop("LD_LIBRARY_PATH", None)
         sys.argv[:], sys.orig_argv[:] = [""], []
@@ -52,17 +49,20 @@ def run_program(job: dict[str, Any], report: int) -> NoReturn:
         deque(
             starmap(
                 call,
-                [(exec, code, module.__dict__), (os.write, report, job.pop("secret").encode())],
+                [
+                    (exec, code, module.__dict__),
+                    (os.write, pipe, payload.pop("secret").encode()),
+                ],
             ),
             maxlen=0,
         )
         status = 0
     except BaseException as error:
         with suppress(BaseException):
-            os.write(report, _reason(error).encode(errors="replace"))
+            os.write(pipe, _reason(error).encode(errors="replace"))
             if not isinstance(error, SystemExit):
-                theirs = error.__traceback__ and error.__traceback__.tb_next
-                traceback.print_exception(type(error), error, theirs, file=output)
+                below_us = error.__traceback__ and error.__traceback__.tb_next
+                traceback.print_exception(type(error), error, below_us, file=output)
     with suppress(BaseException):
         output.flush()
     os._exit(status)
@@ -76,7 +76,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _settrace(function: object) -> None:
-    """For doctest, which only ends a tracing that never began; the true one is refused."""
+    """For doctest, which only ends a tracing that never began; the real one is refused."""
     if function is not None:
         raise PermissionError("not allowed in the sandbox: sys.settrace")
 

@@ -1,21 +1,22 @@
-"""Runs a Python program that nobody has read: what a language model wrote, with its tests.
+"""Runs an untrusted Python program: what a language model wrote, with its tests.
 
     result = run("assert sum([1, 2]) == 3")
     result.finished, result.reason, result.output
 
 The program runs in a process of its own, as nobody, without network, environment or files but
 Python's own, with an empty /tmp of 16 MiB, the standard library, and limits on time, memory, files,
-threads and output. The walls are the first of these that the kernel offers:
+threads and output. It is isolated by the first of these backends that the kernel offers:
 
     bubblewrap    namespaces made by bwrap, where that is installed
     namespaces    user, mount, process, network, IPC and host name namespaces made here
     landlock      Landlock for files and seccomp for all else, as in most containers; then nothing
                   can be written, not even in /tmp
 
-seccomp stands behind all of them. Where none works, `run` refuses, unless told that it may go on
-all the same. What the program prints and how it ends is never trusted; only a secret, given out
-behind its last line, makes it count as finished. A program that breaks into its own interpreter,
-with forged bytecode, could find the secret and count as finished; it would still not get out.
+seccomp stands behind all of them. Where none works, `run` refuses, unless the caller allows it to
+run without. What the program prints and how it ends is never trusted; only a secret, written to the
+result pipe behind its last line, makes it count as finished. A program that breaks into its own
+interpreter, with forged bytecode, could find the secret and count as finished; it would still not
+get out.
 """
 
 import json
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,14 +39,14 @@ from typing import IO, Literal
 from nanochat_jax.sandbox.kernel import DEVICES
 
 Process = subprocess.Popen[bytes]
-Way = Literal["bubblewrap", "namespaces", "landlock", "none"]
+Backend = Literal["bubblewrap", "namespaces", "landlock", "none"]
 
 MAX_OUTPUT = 1 << 20  # bytes that a program may print
-KEPT_OUTPUT = 1 << 16  # and how many of them are given back
-MAX_REPORT = 4096
-GRACE_S = 30.0  # for raising the walls on a busy machine; the keeper minds the program's own time
-TIMED_OUT, NO_WALLS = 124, 125  # child.py
-WAYS: tuple[Way, ...] = ("bubblewrap", "namespaces", "landlock")
+KEPT_OUTPUT = 1 << 16  # and how many of them are returned
+MAX_RESULT = 4096  # bytes in the result pipe
+GRACE_S = 30.0  # to isolate it on a busy machine; the supervisor keeps the program's own time
+TIMED_OUT, NO_ISOLATION = 124, 125  # child.py
+BACKENDS: tuple[Backend, ...] = ("bubblewrap", "namespaces", "landlock")
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _CHILD_FILES = (
@@ -69,13 +70,14 @@ class ProgramResult:
 
 @dataclass(frozen=True)
 class Isolation:
-    """Behind which walls programs run; only a `way` of "none", where allowed, may lack seccomp."""
+    """How programs are isolated; only the backend "none", where allowed, may lack seccomp."""
 
-    way: Way
+    backend: Backend
     seccomp: bool = True
 
     def __str__(self) -> str:
-        return self.way + (" and seccomp" if self.seccomp and self.way != "landlock" else "")
+        with_seccomp = self.seccomp and self.backend != "landlock"
+        return self.backend + (" and seccomp" if with_seccomp else "")
 
 
 def run(
@@ -85,22 +87,22 @@ def run(
     memory_mib: int = 256,
     allow_unsandboxed: bool = False,
 ) -> ProgramResult:
-    """Runs `program` as __main__ behind walls. ValueError where there are none to be had.
+    """Runs `program` as __main__, isolated. ValueError where that is not possible.
 
     finished: it ran to its last line within `timeout_s` seconds and `memory_mib` MiB of address
-    space. `allow_unsandboxed` goes on, with limits only, where isolation() would refuse.
+    space. With `allow_unsandboxed` it runs, with limits only, where isolation() would refuse.
     """
     if timeout_s <= 0 or memory_mib < 64:
         raise ValueError(
             f"a program needs time and at least 64 MiB, not {timeout_s} s and {memory_mib} MiB"
         )
-    walls = _without_walls() if allow_unsandboxed and not _found()[0] else isolation()
-    return _run(walls, program, timeout_s, memory_mib)
+    how = _unsandboxed() if allow_unsandboxed and not _available()[0] else isolation()
+    return _run(how, program, timeout_s, memory_mib)
 
 
 def isolation() -> Isolation:
-    """The walls of this machine, tried out once. ValueError, saying why, where there are none."""
-    found, refusals = _found()
+    """The isolation on this machine, tried out once. ValueError, saying why, if there is none."""
+    found, refusals = _available()
     if found is None:
         raise ValueError(
             f"there is no way to isolate generated code on this machine ({refusals}); give its "
@@ -110,123 +112,133 @@ def isolation() -> Isolation:
     return found
 
 
-# --- which walls ----------------------------------------------------------------------------------
+# --- which isolation ------------------------------------------------------------------------------
 
 
 @cache
-def _found() -> tuple[Isolation | None, str]:
-    """The first way that works, or why none does."""
+def _available() -> tuple[Isolation | None, str]:
+    """With the first backend that works, or why none does."""
     refusals = []
-    for way in WAYS:
-        refusal = _try(way)
+    for backend in BACKENDS:
+        refusal = _try(backend)
         if refusal is None:
-            return Isolation(way), ""
-        refusals.append(f"{way}: {refusal}")
+            return Isolation(backend), ""
+        refusals.append(f"{backend}: {refusal}")
     return None, "; ".join(dict.fromkeys(refusals)) or "none is known"
 
 
-def _try(way: Way) -> str | None:
-    """None when a program runs behind these walls and seccomp, else what stands against it."""
+@cache
+def _unsandboxed() -> Isolation:
+    return Isolation("none", seccomp=_try("none") is None)
+
+
+def _try(backend: Backend) -> str | None:
+    """None when a program runs with this backend and seccomp, else what prevents it."""
     if not sys.platform.startswith("linux"):
         return "only Linux has it"
-    if way == "bubblewrap" and shutil.which("bwrap") is None:
+    if backend == "bubblewrap" and shutil.which("bwrap") is None:
         return "not installed"
-    result = _run(Isolation(way), "", timeout_s=20, memory_mib=256)
+    result = _run(Isolation(backend), "", timeout_s=20, memory_mib=256)
     return None if result.finished else result.reason
-
-
-@cache
-def _without_walls() -> Isolation:
-    return Isolation("none", seccomp=_try("none") is None)
 
 
 # --- running --------------------------------------------------------------------------------------
 
 
-def _run(walls: Isolation, program: str, timeout_s: float, memory_mib: int) -> ProgramResult:
+def _run(how: Isolation, program: str, timeout_s: float, memory_mib: int) -> ProgramResult:
     secret = secrets.token_hex(32)
-    # Objects, not numbers: closing those twice could close what another thread has opened.
+    # File objects, not numbers: to close a number twice could close what another thread has opened.
     read_end, write_end = os.pipe()
-    with open(read_end, "rb") as reader, open(write_end, "wb") as writer, _start(walls) as start:
-        job = {
+    # Without a backend there is no empty /tmp: it starts in a folder made here.
+    folder = (
+        nullcontext("")
+        if how.backend != "none"
+        else tempfile.TemporaryDirectory(prefix="nanochat_sandbox_", ignore_cleanup_errors=True)
+    )
+    with open(read_end, "rb") as result_pipe, open(write_end, "wb") as writer, folder as start:
+        payload = {
             "program": program,
             "secret": secret,
-            "report": writer.fileno(),
-            "way": walls.way,
-            "seccomp": walls.seccomp,
+            "result_pipe": writer.fileno(),
+            "backend": how.backend,
+            "seccomp": how.seccomp,
             "visible": visible_paths(),
             "python": _python(),
-            "bwrap": _bwrap() if walls.way == "bubblewrap" else [],
+            "bwrap": _bwrap() if how.backend == "bubblewrap" else [],
             "folder": start,
             "timeout_s": timeout_s,
             "memory_mib": memory_mib,
         }
-        with _started(writer.fileno(), json.dumps(job)) as (process, printed):
+        with _supervisor(writer.fileno(), json.dumps(payload)) as (process, printed):
             writer.close()
-            output, report, cut = _listen(printed, reader, timeout_s + GRACE_S)
+            output, found, cut = _listen(printed, result_pipe, timeout_s + GRACE_S)
             code = _end(process, patience=0 if cut else 0.5)
-    finished = code == 0 and report == secret.encode() and not cut
-    reason = "finished" if finished else _reason(code, report, output, cut, timeout_s)
+    finished = code == 0 and found == secret.encode() and not cut
+    reason = "finished" if finished else _reason(code, found, output, cut, timeout_s)
     return ProgramResult(finished, reason, output[:KEPT_OUTPUT].decode(errors="replace"))
 
 
-def _reason(code: int, report: bytes, output: bytes, cut: str, timeout_s: float) -> str:
+def _reason(code: int, found: bytes, output: bytes, cut: str, timeout_s: float) -> str:
     if cut:
         return cut
     if code == TIMED_OUT:
         return f"stopped after {timeout_s:g} s"
-    if code == NO_WALLS:
-        return output.decode(errors="replace").strip()[-300:] or "no walls"
+    if code == NO_ISOLATION:
+        return output.decode(errors="replace").strip()[-300:] or "no isolation"
     if code > 128 and code - 128 in [number.value for number in signal.Signals]:
         return f"ended by {signal.Signals(code - 128).name}"
-    if code == 1 and report:
-        return report.decode(errors="replace")
+    if code == 1 and found:
+        return found.decode(errors="replace")
     return f"it left before its last line (exit code {code})"
 
 
-def _listen(printed: IO[bytes], reported: IO[bytes], seconds: float) -> tuple[bytes, bytes, str]:
-    """What is printed and reported until both ends close; and why it was cut short, if it was."""
+def _listen(printed: IO[bytes], result: IO[bytes], seconds: float) -> tuple[bytes, bytes, str]:
+    """All output and result until both pipes close, and why that was cut short, if it was."""
     deadline = time.monotonic() + seconds
-    output, report = bytearray(), bytearray()
+    output, found = bytearray(), bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(printed, selectors.EVENT_READ, output)
-        selector.register(reported, selectors.EVENT_READ, report)
+        selector.register(result, selectors.EVENT_READ, found)
         while selector.get_map():
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
-                return bytes(output), bytes(report), f"no answer in {seconds:g} s"
+                return bytes(output), bytes(found), f"no answer in {seconds:g} s"
             for key, _ in ready:
                 part = os.read(key.fd, 1 << 16)
                 key.data.extend(part)
                 if not part:
                     selector.unregister(key.fileobj)
-            if len(output) > MAX_OUTPUT or len(report) > MAX_REPORT:
+            if len(output) > MAX_OUTPUT or len(found) > MAX_RESULT:
                 return bytes(output), b"", f"it printed more than {MAX_OUTPUT:,} bytes"
-    return bytes(output), bytes(report), ""
+    return bytes(output), bytes(found), ""
 
 
 def _end(process: Process, patience: float) -> int:
-    """The keeper's exit code. It may leave by itself, is asked to, and is made to at last."""
-    asks = ((patience, process.terminate), (5, lambda: os.killpg(process.pid, signal.SIGKILL)))
-    for seconds, ask in asks:
+    """The supervisor's exit code: it may exit by itself, then gets SIGTERM, and then SIGKILL."""
+    steps = ((patience, process.terminate), (5, lambda: os.killpg(process.pid, signal.SIGKILL)))
+    for seconds, stop in steps:
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
         if process.returncode is None:
-            ask()
+            stop()
     code = process.wait()
     return code if code >= 0 else 128 - code
 
 
 @contextmanager
-def _started(report: int, job: str) -> Iterator[tuple[Process, IO[bytes]]]:
-    """The keeper at work, and what it prints; it is gone at the end, whatever happens."""
+def _supervisor(result_pipe: int, payload: str) -> Iterator[tuple[Process, IO[bytes]]]:
+    """A running supervisor and its output; it is gone at the end, whatever happens."""
+    # One arena: glibc takes 64 MiB of the bounded address space for each, so for each thread.
+    env = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
+    if "LD_LIBRARY_PATH" in os.environ:  # some interpreters cannot start without
+        env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     process = subprocess.Popen(
         [*_python(), str(_PACKAGE / "sandbox/child.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        pass_fds=(report,),
-        env=_environment(),
+        pass_fds=(result_pipe,),
+        env=env,
         cwd="/",
         start_new_session=True,
     )
@@ -235,18 +247,10 @@ def _started(report: int, job: str) -> Iterator[tuple[Process, IO[bytes]]]:
     with process.stdout:
         try:
             with suppress(BrokenPipeError), process.stdin:
-                process.stdin.write(job.encode())
+                process.stdin.write(payload.encode())
             yield process, process.stdout
         finally:
             _end(process, patience=0)
-
-
-def _environment() -> dict[str, str]:
-    """What a program finds in os.environ, and what some interpreters cannot start without."""
-    needed = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-    # One arena: glibc takes 64 MiB of the bounded address space for each, so for each thread.
-    fixed = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
-    return fixed | needed
 
 
 def _python() -> list[str]:
@@ -254,7 +258,7 @@ def _python() -> list[str]:
 
 
 def _bwrap() -> list[str]:
-    """The command that builds the world of kernel.build_root, up to complete_bwrap."""
+    """The command that makes the root of kernel.build_root, but for complete_bwrap."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent"]
     command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]  # until complete_bwrap is done
     command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
@@ -285,14 +289,3 @@ def visible_paths() -> list[str]:
         for path in dict.fromkeys(found)
         if not any(path.startswith(other.rstrip("/") + "/") for other in above)
     ]
-
-
-@contextmanager
-def _start(walls: Isolation) -> Iterator[str]:
-    """The folder that the program starts in; "" where the walls bring one along."""
-    if walls.way != "none":
-        yield ""
-        return
-    prefix = "nanochat_sandbox_"
-    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
-        yield folder

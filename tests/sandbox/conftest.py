@@ -1,24 +1,26 @@
-"""Every kind of walls that this machine has, and a record of the keepers that were started."""
+"""Every isolation that this machine offers, and a record of the supervisors that were started."""
 
 import subprocess
+from functools import cache
 
 import pytest
-from walls import WALLS
+from isolations import ISOLATIONS
 
 from nanochat_jax.sandbox import run
 
+refusal = cache(run._try)
 
-@pytest.fixture(params=WALLS, ids=[walls.way for walls in WALLS])
-def walls(request):
-    refusal = run._try(request.param.way)
-    if refusal is not None:
-        pytest.skip(f"{request.param}: {refusal}")
+
+@pytest.fixture(params=ISOLATIONS, ids=[how.backend for how in ISOLATIONS])
+def how(request):
+    if (why := refusal(request.param.backend)) is not None:
+        pytest.skip(f"{request.param}: {why}")
     return request.param
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The keepers that were started."""
+    """The supervisors that were started."""
     started = []
 
     class Recorded(subprocess.Popen):

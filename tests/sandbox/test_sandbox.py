@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from walls import ROOT, check, isolated, leftovers, within
+from isolations import ROOT, any_isolation, check, leftovers, within
 
 import nanochat_jax.sandbox.run as sandbox
 from nanochat_jax.sandbox.run import Isolation, ProgramResult, isolation, run
@@ -17,23 +17,23 @@ from nanochat_jax.sandbox.run import Isolation, ProgramResult, isolation, run
 # --- programs as they should be -------------------------------------------------------------------
 
 
-def test_a_good_program_finishes(walls):
-    result = within(walls, "print('hello')\nassert sum([1, 2]) == 3\n")
+def test_a_good_program_finishes(how):
+    result = within(how, "print('hello')\nassert sum([1, 2]) == 3\n")
     assert result == ProgramResult(True, "finished", "hello\n")
 
 
-def test_a_wrong_program_says_why(walls):
-    result = within(walls, "print('before')\nassert 1 == 2, 'not equal'")
+def test_a_wrong_program_says_why(how):
+    result = within(how, "print('before')\nassert 1 == 2, 'not equal'")
     assert not result.finished
     assert result.reason == "AssertionError: not equal"
     assert result.output.startswith("before\n")
     assert "line 2" in result.output
-    assert "SyntaxError" in within(walls, "def f(:").reason
+    assert "SyntaxError" in within(how, "def f(:").reason
 
 
-def test_the_standard_library_works(walls):
+def test_the_standard_library_works(how):
     check(
-        walls,
+        how,
         """
 import asyncio, collections, dataclasses, decimal, enum, hashlib, heapq, itertools, json, math
 import pickle, random, re, sqlite3, ssl, statistics, string, sys, threading, time, typing, zoneinfo
@@ -57,9 +57,9 @@ random.seed(1); time.sleep(0); print("ümlaut")
     )
 
 
-def test_what_models_like_to_write_works(walls):
+def test_what_models_like_to_write_works(how):
     check(
-        walls,
+        how,
         """
 import contextlib, doctest, os, threading, unittest
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +83,8 @@ with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing): prin
     )
 
 
-def test_what_is_written_lands_in_an_empty_folder_of_its_own(walls):
-    if walls.way == "landlock":
+def test_what_is_written_lands_in_an_empty_folder_of_its_own(how):
+    if how.backend == "landlock":
         pytest.skip("nothing can be written there")
     program = """
 import os, tempfile
@@ -93,12 +93,12 @@ open("file", "w").write("x")
 with tempfile.NamedTemporaryFile() as file:
     file.write(b"y")
 """
-    check(walls, program)
-    check(walls, program)  # nothing is left of the first
+    check(how, program)
+    check(how, program)  # nothing is left of the first
 
 
 def test_humaneval_is_solved_by_its_own_solutions(real_data):
-    isolated()
+    any_isolation()
     path = real_data / "task_data/openai--openai_humaneval/openai_humaneval/test/00000.parquet"
     for row in pq.read_table(path).to_pylist()[::20]:
         checks = f"{row['test']}\ncheck({row['entry_point']})"
@@ -112,7 +112,7 @@ EARLY = {
     "SystemExit": "raise SystemExit(0)",
     "sys.exit": "import sys\nsys.exit()",
     "exit code 0": "import os\nos._exit(0)",
-    "keeper's code": "import os\nos._exit(125)",
+    "supervisor's code": "import os\nos._exit(125)",
     "in a function": "def f():\n    import sys; sys.exit(0)\nf()\nassert False",
     "in a thread": "import os, threading, time\n"
     "threading.Thread(target=lambda: os._exit(0)).start()\ntime.sleep(5)",
@@ -203,7 +203,7 @@ def below(kind):
     for child in type.__subclasses__(kind): yield from below(child)
 assert any("ctypes" in kind.__module__ for kind in below(object)) or "ctypes" in sys.modules
 """,
-    "walls left behind": """
+    "kernel module left behind": """
 import sys
 frame, found = sys._getframe(), []
 while frame:
@@ -267,7 +267,7 @@ raise SystemExit(0)
 
 @pytest.mark.parametrize("name", [*EARLY, *FAKES])
 def test_only_the_last_line_counts(name):
-    result = within(isolated(), (EARLY | FAKES)[name] + "\n")
+    result = within(any_isolation(), (EARLY | FAKES)[name] + "\n")
     assert not result.finished, result
     assert result.reason != "finished"
 
@@ -280,7 +280,7 @@ def test_only_the_last_line_counts(name):
     ],
 )
 def test_opening_the_interpreter_is_refused(name):
-    assert within(isolated(), FAKES[name]).reason.startswith("PermissionError: not allowed")
+    assert within(any_isolation(), FAKES[name]).reason.startswith("PermissionError: not allowed")
 
 
 def test_another_interpreter_is_refused():
@@ -289,7 +289,7 @@ try: import _interpreters as interpreters
 except ImportError: import _xxsubinterpreters as interpreters
 interpreters.create()
 """
-    assert not within(isolated(), program).finished
+    assert not within(any_isolation(), program).finished
 
 
 FLOOD = """
@@ -301,34 +301,34 @@ while True:
 """
 
 
-def test_the_report_cannot_be_spoilt(walls):
-    assert not within(walls, FLOOD, seconds=5).finished
-    assert not within(walls, FLOOD.replace("while True", "if True")).finished
-    assert not within(walls, "import os\nos.closerange(0, 64)").finished
-    check(walls, "import sys\nsys.stdout.close()")
+def test_the_report_cannot_be_spoilt(how):
+    assert not within(how, FLOOD, seconds=5).finished
+    assert not within(how, FLOOD.replace("while True", "if True")).finished
+    assert not within(how, "import os\nos.closerange(0, 64)").finished
+    check(how, "import sys\nsys.stdout.close()")
 
 
-# --- the house afterwards -------------------------------------------------------------------------
+# --- afterwards -----------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_behind(walls, recorded):
+def test_nothing_is_left_behind(how, recorded):
     open_before = len(os.listdir("/proc/self/fd"))
     for program in ("", "raise SystemExit", "while True: pass", "print('x' * 9**9)"):
-        within(walls, program, seconds=0.3)
+        within(how, program, seconds=0.3)
     assert leftovers(recorded) == []
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_a_killed_parent_takes_everything_with_it():
-    isolated()
+    any_isolation()
     program = "from nanochat_jax.sandbox.run import run; run('while True: pass', timeout_s=60)"
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     wait_until(lambda: len(leftovers(list(map(int, children.read_text().split())))) >= 2)
-    keepers = [int(child) for child in children.read_text().split()]
+    supervisors = [int(child) for child in children.read_text().split()]
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    wait_until(lambda: alive(leftovers(keepers)) == [])
+    wait_until(lambda: alive(leftovers(supervisors)) == [])
 
 
 def wait_until(condition, seconds: float = 20) -> None:
@@ -350,7 +350,7 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def test_a_parent_that_ignores_its_children_gets_results():
-    isolated()
+    any_isolation()
     program = """
 import signal
 from nanochat_jax.sandbox.run import ProgramResult, run
@@ -360,25 +360,25 @@ assert run("") == ProgramResult(True, "finished", "")
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
-# --- without walls --------------------------------------------------------------------------------
+# --- without isolation --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def bare(monkeypatch):
     """A machine whose kernel offers nothing."""
-    monkeypatch.setattr(sandbox, "WAYS", ())
-    sandbox._found.cache_clear()
+    monkeypatch.setattr(sandbox, "BACKENDS", ())
+    sandbox._available.cache_clear()
     yield
-    sandbox._found.cache_clear()
+    sandbox._available.cache_clear()
 
 
-def test_without_walls_it_refuses(bare):
+def test_without_isolation_it_refuses(bare):
     for attempt in (isolation, lambda: run("print(1)")):
         with pytest.raises(ValueError, match="--allow-unsandboxed"):
             attempt()
 
 
-def test_without_walls_it_goes_on_when_told_to(bare, recorded, tmp_path, monkeypatch):
+def test_without_isolation_it_runs_when_allowed(bare, recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_TOKEN", "hunter2")
     program = "import os\nopen('file', 'w').write('x')\nprint(os.listdir(), os.environ)"
@@ -406,8 +406,8 @@ _run(Isolation("none", seccomp=False), "open('file', 'w').close()\\nwhile True: 
     wait_until(lambda: not [*tmp_path.iterdir()])
 
 
-def test_children_that_hide_are_found(recorded):
-    """Without walls and without seccomp, a daemon of the program ends with it."""
+def test_children_that_hide_are_available(recorded):
+    """Without isolation and without seccomp, a daemon of the program ends with it."""
     program = """
 import os, time
 if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""What hostile programs may not read, reach, kill or fill, on every kind of walls."""
+"""What hostile programs may not read, reach, kill or fill, with every isolation."""
 
 import os
 import socket
@@ -8,17 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-from walls import ROOT, check, leftovers, within
+from isolations import ROOT, check, leftovers, within
 
 from nanochat_jax.sandbox import run
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def test_the_parents_environment_is_out_of_sight(walls, monkeypatch):
+def test_the_parents_environment_is_out_of_sight(how, monkeypatch):
     monkeypatch.setenv("NANOCHAT_TOKEN", "hunter2")
     result = check(
-        walls,
+        how,
         """
 import glob, os, sys
 print(dict(os.environ), sys.argv, sys.path)
@@ -32,14 +32,14 @@ for process in processes:
     assert str(ROOT) not in result.output
 
 
-def test_files_are_out_of_sight(walls, tmp_path):
+def test_files_are_out_of_sight(how, tmp_path):
     (tmp_path / "key").write_text("hunter2")
     (tmp_path / "key").chmod(0o644)
     paths = [tmp_path / "key", "/etc/shadow", "/etc/passwd", "/etc/hostname", Path.home(), ROOT]
     paths += [ROOT / "README.md", "/proc", "/sys", "/var/log", "/root", "/home", "/proc/self/mem"]
     paths += [f"/proc/{os.getpid()}/environ", f"/proc/{os.getpid()}/cwd", "/proc/1/root/etc/shadow"]
     result = check(
-        walls,
+        how,
         f"""
 import os
 for path in {[str(path) for path in paths]!r}:
@@ -47,7 +47,7 @@ for path in {[str(path) for path in paths]!r}:
         try: open(prefix + path).read()
         except OSError: pass
         else: raise AssertionError(prefix + path)
-        # A folder on the way to Python's own can be there, with nothing else in it.
+        # A folder on the backend to Python's own can be there, with nothing else in it.
         try: names = os.listdir(prefix + path)
         except OSError: continue
         assert set(names) <= {{".pyenv", ".local", ".cache"}}, (path, names)
@@ -56,14 +56,14 @@ for path in {[str(path) for path in paths]!r}:
     assert "hunter2" not in result.output
 
 
-def test_nothing_is_written_outside(walls, tmp_path):
+def test_nothing_is_written_outside(how, tmp_path):
     mine = tmp_path / "mine"
     mine.write_text("as it was")
     mine.chmod(0o666)
     tmp_path.chmod(0o777)
     before = mine.stat()
     check(
-        walls,
+        how,
         f"""
 import os, shutil, sys
 mine, folder = {str(mine)!r}, {str(tmp_path)!r}
@@ -92,7 +92,7 @@ for attempt in (
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
-def test_the_devices_of_the_machine_stay_as_they_are(walls):
+def test_the_devices_of_the_machine_stay_as_they_are(how):
     """Under root, they belong to the program."""
     before = os.stat("/dev/zero")
     program = """
@@ -106,7 +106,7 @@ for change in (
     raise AssertionError("a device was changed")
 """
     try:
-        check(walls, program)
+        check(how, program)
         assert os.stat("/dev/zero").st_mode == before.st_mode
     finally:
         if os.stat("/dev/zero").st_mode != before.st_mode:
@@ -116,7 +116,7 @@ for change in (
 # --- the network, and other processes -------------------------------------------------------------
 
 
-def test_there_is_no_network(walls, tmp_path):
+def test_there_is_no_network(how, tmp_path):
     name = f"nanochat-{os.getpid()}"
     with (
         socket.create_server(("127.0.0.1", 0)) as tcp,
@@ -129,7 +129,7 @@ def test_there_is_no_network(walls, tmp_path):
         named.listen()
         udp.bind(("127.0.0.1", 0))
         check(
-            walls,
+            how,
             f"""
 import socket
 def tcp(): socket.create_connection({tcp.getsockname()}, timeout=1)
@@ -154,9 +154,9 @@ for attempt in (tcp, udp, abstract, named, pair, netlink, listen):
                 take()
 
 
-def test_no_process_is_started(walls):
+def test_no_process_is_started(how):
     check(
-        walls,
+        how,
         """
 import os, subprocess, multiprocessing
 def bomb():
@@ -174,11 +174,11 @@ assert os.system("true") != 0
     )
 
 
-def test_no_other_process_is_signalled(walls):
+def test_no_other_process_is_signalled(how):
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         check(
-            walls,
+            how,
             f"""
 import fcntl, os, resource, signal
 for pid in (1, os.getppid(), -1, 0, {os.getpid()}, {victim.pid}, -{os.getpgid(0)}):
@@ -221,12 +221,12 @@ for attempt in (
     ],
     ids=["spins", "sleeps", "threads", "in C"],
 )
-def test_time_is_up(walls, body, recorded):
+def test_time_is_up(how, body, recorded):
     ignore = (
         "import signal\nfor s in set(signal.Signals) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
     )
     began = time.monotonic()
-    result = within(walls, ignore + "print('started', flush=True)\n" + body, seconds=0.5)
+    result = within(how, ignore + "print('started', flush=True)\n" + body, seconds=0.5)
     assert not result.finished
     assert result.reason == "stopped after 0.5 s"
     assert result.output == "started\n"
@@ -234,10 +234,10 @@ def test_time_is_up(walls, body, recorded):
     assert leftovers(recorded) == []
 
 
-def test_memory_is_bounded(walls):
-    assert within(walls, "x = bytearray(1 << 30)").reason == "MemoryError"
+def test_memory_is_bounded(how):
+    assert within(how, "x = bytearray(1 << 30)").reason == "MemoryError"
     program = "x = []\nwhile True: x.append(bytearray(1 << 20))"
-    assert not within(walls, program, memory_mib=96).finished
+    assert not within(how, program, memory_mib=96).finished
     program = """
 import socket
 pairs, total = [], 0
@@ -254,16 +254,16 @@ try:
 except OSError: pass
 assert total < 64 << 20, total
 """
-    check(walls, program)  # what the kernel holds for it counts too
+    check(how, program)  # what the kernel holds for it counts too
     program = "import _thread, time\nwhile True: _thread.start_new_thread(time.sleep, (10,))"
-    assert "can't start new thread" in within(walls, program, memory_mib=96).reason
+    assert "can't start new thread" in within(how, program, memory_mib=96).reason
 
 
-def test_the_disk_is_bounded(walls):
-    if walls.way == "landlock":
+def test_the_disk_is_bounded(how):
+    if how.backend == "landlock":
         pytest.skip("nothing can be written there")
     check(
-        walls,
+        how,
         """
 import os
 total = 0
@@ -283,22 +283,20 @@ assert 4 << 20 < total <= 16 << 20, total
     )
 
 
-def test_the_number_of_files_is_bounded(walls):
-    if walls.way == "landlock":
+def test_the_number_of_files_is_bounded(how):
+    if how.backend == "landlock":
         pytest.skip("nothing can be written there")
-    result = within(walls, "for i in range(10000): open(f'/tmp/{i}', 'w').close()")
+    result = within(how, "for i in range(10000): open(f'/tmp/{i}', 'w').close()")
     assert "No space left" in result.reason
 
 
-def test_much_output_is_cut(walls):
+def test_much_output_is_cut(how):
     began = time.monotonic()
-    result = within(walls, "while True: print('x' * 1000)", seconds=30)
+    result = within(how, "while True: print('x' * 1000)", seconds=30)
     assert not result.finished
     assert "printed more than" in result.reason
     assert len(result.output) == run.KEPT_OUTPUT
     assert time.monotonic() - began < 20
-    result = check(walls, "print('y' * 200_000)\nimport sys; sys.stderr.write('z')")
+    result = check(how, "print('y' * 200_000)\nimport sys; sys.stderr.write('z')")
     assert len(result.output) == run.KEPT_OUTPUT
-    assert (
-        check(walls, r"import sys; sys.stdout.buffer.write(b'\xff\x00ok')").output == "\ufffd\0ok"
-    )
+    assert check(how, r"import sys; sys.stdout.buffer.write(b'\xff\x00ok')").output == "\ufffd\0ok"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from walls import ROOT
+from isolations import ROOT
 
 from nanochat_jax.sandbox import seccomp
 
