@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from nanochat_jax.data.loader import Counters, Layout, PackedRowsIterator, RowLoader
+from nanochat_jax.data.loader import Layout, PackedRowsIterator, RowLoader
 from nanochat_jax.data.packing import FitBuffer
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -265,7 +265,6 @@ class ConversationStream:
     ) -> None:
         self._index, self._layout, self._source = index, layout, source
         self._rendered, self._pad_id = rendered, pad_id
-        self.used_tokens = self.cropped_tokens = 0  # cropped is text, never a conversation
         self.cut, self.dropped = set[int](), set[int]()  # which, however often they came round
         self._start(0)
 
@@ -303,7 +302,6 @@ class ConversationStream:
         ids[:filled], is_learned[:filled] = content
         counts = np.zeros(len(COUNTS), np.int32)
         counts[PADDING] = max(length - filled, 0)
-        self.used_tokens += min(filled, length)
         return PackedRows(ids[:-1], np.where(is_learned, ids, -1)[1:], counts)
 
     def _take(self) -> Buffered:
@@ -356,7 +354,6 @@ class ConversationRows(grain.IterDataset):
 
     def __init__(self, source: RenderedDataset, layout: Layout, owned: range, pad_id: int) -> None:
         super().__init__([_rendered(source, index, layout.streams) for index in owned])
-        self.counters = Counters()
         self._owned = owned
         self._arguments = (layout, source)
         self._pad_id = pad_id
@@ -367,7 +364,7 @@ class ConversationRows(grain.IterDataset):
             index: ConversationStream(index, *self._arguments, iterator, self._pad_id)
             for index, iterator in zip(self._owned, rendered, strict=True)
         }
-        return PackedRowsIterator(rendered, streams, self.counters, stack_rows)
+        return PackedRowsIterator(rendered, streams, stack_rows)
 
 
 def stack_rows(rows: Sequence[PackedRows]) -> PackedRows:
@@ -390,7 +387,6 @@ def conversation_loader(
     process_index: int = 0,
     process_count: int = 1,
     state: Mapping[str, Any] | None = None,
-    prefetch: int = 3,
 ) -> RowLoader:
     """Endless `PackedRows`, rows // process_count of them a step.
 
@@ -406,11 +402,7 @@ def conversation_loader(
         "packing": source.packing,
         "data": f"{len(source)} conversations",
     }
-    loader = RowLoader(ConversationRows(source, layout, owned, pad_id), identity, prefetch)
-    if state is not None:
-        loader.set_state(state)
-    loader.start()
-    return loader
+    return RowLoader(ConversationRows(source, layout, owned, pad_id), identity, state)
 
 
 def first_batches(

@@ -12,7 +12,6 @@ text: restoring reads and tokenises them again, and exactly the same rows follow
 """
 
 import math
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +21,10 @@ from typing import Any, Self
 import grain
 import numpy as np
 
+PREFETCH_STEPS = 3
+
 STREAMS = 8
 MIN_EXAMPLES = 16  # of a stream
-
-
-@dataclass
-class Counters:
-    """What the packing thread has done; written there, read by the consumer."""
-
-    seconds: float = 0.0  # spent making rows, waiting for tokens included
-    used_tokens: int = 0
-    cropped_tokens: int = 0
 
 
 class PackedRowsIterator(grain.DatasetIterator):
@@ -42,23 +34,16 @@ class PackedRowsIterator(grain.DatasetIterator):
         self,
         encoded: Sequence[grain.DatasetIterator],
         streams: Mapping[int, Any],
-        counters: Counters,
         stack: Callable[[list[Any]], Any] = np.stack,
     ) -> None:
         super().__init__(encoded)
         self._streams = streams
-        self._counters = counters
         self._stack = stack
         self._step = 0
 
     def __next__(self) -> Any:
-        started = time.perf_counter()
-        streams = self._streams.values()
-        rows = self._stack([row for stream in streams for row in stream.rows()])
+        rows = self._stack([row for stream in self._streams.values() for row in stream.rows()])
         self._step += 1
-        self._counters.seconds += time.perf_counter() - started
-        self._counters.used_tokens = sum(stream.used_tokens for stream in streams)
-        self._counters.cropped_tokens = sum(stream.cropped_tokens for stream in streams)
         return rows
 
     def get_state(self) -> dict[str, Any]:
@@ -99,26 +84,26 @@ class RowLoader(Iterator[Any]):
     """Hands out one process's rows of each step: of text (rows // process_count, T+1) int32, of
     conversations as conversations.py says.
 
-    A thread keeps `prefetch` steps ready. `get_state()` describes what comes after the last step
-    handed out, whatever has been prepared beyond it. Close it, or use it in a `with`.
+    A thread keeps a few steps ready, from now on. `get_state()` describes what comes after the last
+    step handed out, whatever has been prepared beyond it. `state` is such a state, made with the
+    same `identity`; else ValueError. Close the loader, or use it in a `with`.
     """
 
-    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], prefetch: int) -> None:
-        self._counters = dataset.counters
+    def __init__(
+        self,
+        dataset: grain.IterDataset,
+        identity: dict[str, Any],
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         self._identity = identity
-        self._prefetch = prefetch
         prefetched = grain.experimental.ThreadPrefetchIterDataset(
-            dataset, prefetch_buffer_size=prefetch
+            dataset, prefetch_buffer_size=PREFETCH_STEPS
         )
         self._open = [prefetched.__iter__()]  # emptied when closed
         self._close = weakref.finalize(self, _close_all, self._open)  # runs at exit, too
-        self._steps = 0
-        self._waited = 0.0
-
-    def start(self) -> None:
-        """Begins preparing steps now rather than at the first `next`."""
-        if self._prefetch:
-            self._iterator.start_prefetch()
+        if state is not None:
+            self._set_state(state)
+        self._iterator.start_prefetch()
 
     @property
     def _iterator(self) -> grain.DatasetIterator:
@@ -127,15 +112,11 @@ class RowLoader(Iterator[Any]):
         return self._open[0]
 
     def __next__(self) -> Any:
-        started = time.perf_counter()
         try:
-            rows = next(self._iterator)
+            return next(self._iterator)
         except Exception:
             self.close()  # what follows an error would not be the next step
             raise
-        self._waited += time.perf_counter() - started
-        self._steps += 1
-        return rows
 
     @property
     def step(self) -> int:
@@ -154,8 +135,7 @@ class RowLoader(Iterator[Any]):
         streams = {index: stream.to_json() for index, stream in state["streams"].items()}
         return {**self._identity, "step": state["step"], "streams": streams}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues as `get_state` described it, on any number of processes; else ValueError."""
+    def _set_state(self, state: Mapping[str, Any]) -> None:
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise ValueError(
@@ -163,18 +143,6 @@ class RowLoader(Iterator[Any]):
                     f"{value}: resume with the same data and batch layout"
                 )
         self._iterator.set_state({"step": state["step"], "streams": state["streams"]})
-
-    def stats(self) -> dict[str, float]:
-        """Since the start: steps handed out, seconds the consumer waited for them, tokens per
-        second that the pipeline makes while it works, share of the tokens read that was cropped.
-        """
-        used, cropped = self._counters.used_tokens, self._counters.cropped_tokens
-        return {
-            "steps": self._steps,
-            "wait_s": self._waited,
-            "tokens_per_s": used / max(self._counters.seconds, 1e-9),
-            "cropped_share": cropped / max(used + cropped, 1),
-        }
 
     def close(self) -> None:
         """Stops the threads; can be called twice."""

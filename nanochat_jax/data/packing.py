@@ -84,8 +84,6 @@ class BestFitPacker:
         self.row_len = row_len
         self.buffer_docs = buffer_docs
         self.buffer: FitBuffer[Document] = FitBuffer()
-        self.cropped_tokens = 0  # read and thrown away
-        self.used_tokens = 0
         self._refill = refill
         self._draining = False
 
@@ -102,10 +100,8 @@ class BestFitPacker:
             document = self.buffer.pop_largest(at_most=remaining)
             if document is None:
                 document = self.buffer.pop_shortest()
-                self.cropped_tokens += document.length - remaining
             parts.append(document.tokens[:remaining])
             remaining -= min(document.length, remaining)
-        self.used_tokens += self.row_len
         return np.concatenate(parts)
 
     def _top_up(self) -> None:

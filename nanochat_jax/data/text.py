@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from nanochat_jax.data.loader import Counters, Layout, PackedRowsIterator, RowLoader
+from nanochat_jax.data.loader import Layout, PackedRowsIterator, RowLoader
 from nanochat_jax.data.packing import BestFitPacker, Document
 from nanochat_jax.data.shards import DocumentBlocks, Shards, read_footer
 
@@ -109,14 +109,6 @@ class Stream:
         row_len = self._layout.sequence_len + 1
         self.packer = BestFitPacker(row_len, self._layout.buffer_docs, self._refill)
 
-    @property
-    def used_tokens(self) -> int:
-        return self.packer.used_tokens
-
-    @property
-    def cropped_tokens(self) -> int:
-        return self.packer.cropped_tokens
-
     def rows(self) -> list[np.ndarray]:
         """This stream's part of a step."""
         return [self.packer.row() for _ in range(self._layout.rows // self._layout.streams)]
@@ -186,7 +178,6 @@ class TextRows(grain.IterDataset):
             text = stream_text(blocks, index, layout.streams, passes)
             parents.append(text.map(encode).to_iter_dataset(options))
         super().__init__(parents)
-        self.counters = Counters()
         self._owned = owned
         self._stream_arguments = (layout, blocks, encode)
         self._passes = passes
@@ -197,7 +188,7 @@ class TextRows(grain.IterDataset):
             index: Stream(index, *self._stream_arguments, blocks_of_stream, self._passes)
             for index, blocks_of_stream in zip(self._owned, encoded, strict=True)
         }
-        return PackedRowsIterator(encoded, streams, self.counters)
+        return PackedRowsIterator(encoded, streams)
 
 
 # ---- what the training loop calls ------------------------------------------------------------
@@ -214,8 +205,6 @@ def train_loader(
     process_index: int = 0,
     process_count: int = 1,
     state: Mapping[str, Any] | None = None,
-    prefetch: int = 3,
-    threads: int | None = None,
 ) -> RowLoader:
     """Endless training rows, (rows // process_count, T+1) int32 a step.
 
@@ -225,13 +214,8 @@ def train_loader(
     or a state of other data.
     """
     layout = Layout(rows, sequence_len, streams, buffer_docs)
-    loader = _row_loader(
-        shards.train, tokenizer, layout, process_index, process_count, False, prefetch, threads
-    )
-    if state is not None:
-        loader.set_state(state)
-    loader.start()
-    return loader
+    owned = layout.owned_streams(process_index, process_count)
+    return _row_loader(shards.train, tokenizer, layout, owned, passes=False, state=state)
 
 
 def val_batches(
@@ -245,8 +229,6 @@ def val_batches(
     buffer_docs: int = 1000,
     process_index: int = 0,
     process_count: int = 1,
-    prefetch: int = 3,
-    threads: int | None = None,
 ) -> Iterator[np.ndarray]:
     """The first `n_batches` batches of validation rows, (rows // process_count, T+1) int32 each.
 
@@ -255,41 +237,30 @@ def val_batches(
     for every number of processes. Where `rows` is no multiple of `streams`, or there are fewer
     documents than streams, the largest common divisor that suits is used instead.
     """
-    streams = _val_streams(shards, math.gcd(rows, streams))
+    documents = sum(read_footer(path).num_rows for path in shards.val)
+    most = math.gcd(rows, streams)
+    streams = max(s for s in range(1, most + 1) if most % s == 0 and s <= documents)
     layout = Layout(rows, sequence_len, streams, buffer_docs)
-    loader = _row_loader(
-        shards.val, tokenizer, layout, process_index, process_count, True, prefetch, threads
-    )
-    with loader:
+    owned = layout.owned_streams(process_index, process_count)
+    with _row_loader(shards.val, tokenizer, layout, owned, passes=True) as loader:
         for _ in range(n_batches):
             yield next(loader)
-
-
-def _val_streams(shards: Shards, at_most: int) -> int:
-    documents = sum(read_footer(path).num_rows for path in shards.val)
-    return max(s for s in range(1, at_most + 1) if at_most % s == 0 and s <= documents)
 
 
 def _row_loader(
     paths: Sequence[Path],
     tokenizer: BatchEncoder,
     layout: Layout,
-    process_index: int,
-    process_count: int,
+    owned: range,
+    *,
     passes: bool,
-    prefetch: int,
-    threads: int | None,
+    state: Mapping[str, Any] | None = None,
 ) -> RowLoader:
-    owned = layout.owned_streams(process_index, process_count)
     blocks = DocumentBlocks(paths, min_blocks=layout.streams)
-    workers = 1 if passes else len(owned)  # blocks that are tokenised side by side
-    threads = max(1, (threads or _cpus()) // workers)
-    encode = BlockEncoder(tokenizer, layout.sequence_len + 1, threads)
-    identity = {"version": 1, "layout": asdict(layout), "data": blocks.fingerprint}
-    return RowLoader(TextRows(blocks, encode, layout, owned, passes), identity, prefetch)
-
-
-def _cpus() -> int:
-    """The cores this process may use, where the system can tell (macOS cannot)."""
+    # The cores this process may use, where the system can tell (macOS cannot).
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    workers = 1 if passes else len(owned)  # blocks that are tokenised side by side
+    encode = BlockEncoder(tokenizer, layout.sequence_len + 1, max(1, cores // workers))
+    identity = {"version": 1, "layout": asdict(layout), "data": blocks.fingerprint}
+    return RowLoader(TextRows(blocks, encode, layout, owned, passes), identity, state)

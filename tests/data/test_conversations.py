@@ -114,7 +114,7 @@ def test_every_conversation_is_used_whole_and_as_often_as_any_other(lengths, buf
     pairs = [answered(length, name) for name, length in enumerate(lengths)]
     source = rendering(pairs, packing, row_len=20)
     used: list[int] = []
-    for rows in batches(source, 2 * len(pairs), rows=1, buffer=buffer, prefetch=0):
+    for rows in batches(source, 2 * len(pairs), rows=1, buffer=buffer):
         ids, targets = rows.inputs_RT[0], rows.targets_RT[0]
         start = 0
         while start + 1 < len(ids) and ids[start + 1] != BOS:
@@ -137,7 +137,7 @@ def test_every_conversation_is_used_whole_and_as_often_as_any_other(lengths, buf
 def test_a_stream_of_tokens_loses_none_and_learns_all(lengths, row_len):
     pairs = [([BOS] + [name] * (n - 1), [0] * n) for name, n in enumerate(lengths)]
     text = [i for ids, _ in pairs for i in ids]
-    rows = batches(rendering(pairs, "stream", row_len), 12, rows=2, prefetch=0)
+    rows = batches(rendering(pairs, "stream", row_len), 12, rows=2)
     inputs = np.concatenate([r.inputs_RT.reshape(-1) for r in rows])
     targets = np.concatenate([r.targets_RT.reshape(-1) for r in rows])
     endless = text * (len(inputs) // len(text) + 2)

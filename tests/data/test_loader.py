@@ -138,7 +138,6 @@ def test_processes_together_give_the_rows_of_one(shards, byte_tokenizer, process
     sequence_len=st.integers(8, 120),
     buffer_docs=st.sampled_from([1, 20, 150, 1500]),
     steps=st.integers(0, 12),
-    prefetch=st.integers(0, 4),
 )
 def test_the_same_rows_follow_after_restoring_from_json(
     interrupted_shards,
@@ -148,14 +147,12 @@ def test_the_same_rows_follow_after_restoring_from_json(
     sequence_len,
     buffer_docs,
     steps,
-    prefetch,
 ):
     shape = {
         "rows": streams * rows_per_stream,
         "sequence_len": sequence_len,
         "streams": streams,
         "buffer_docs": buffer_docs,
-        "prefetch": prefetch,
     }
     with train_loader(interrupted_shards, byte_tokenizer, **shape) as loader:
         for _ in range(steps):
@@ -323,28 +320,6 @@ def test_close_ends_the_threads(shards, byte_tokenizer):
     loader.close()
     loader.close()
     assert not set(threading.enumerate()) - before
-
-
-def test_stats_count_what_was_cropped_and_waited_for(shards, byte_tokenizer):
-    with train_loader(
-        shards, byte_tokenizer, rows=2, sequence_len=64, streams=1, buffer_docs=20, prefetch=0
-    ) as loader:
-        rows = [next(loader) for _ in range(10)]
-        stats = loader.stats()
-        state = loader.get_state()["streams"]["0"]
-    read = sum(len(story(n)) + 1 for n in documents_before(shards, *state["next"]))
-    used = sum(step.size for step in rows)
-    assert stats["steps"] == 10
-    assert stats["cropped_share"] == pytest.approx(1 - used / (read - state["tokens"]))
-    assert stats["wait_s"] > 0
-    assert stats["tokens_per_s"] > 0
-
-
-def documents_before(shards: Shards, visit: int, position: int) -> list[int]:
-    blocks = DocumentBlocks(shards.train)
-    texts = [text for v in range(visit) for text in blocks[v % len(blocks)]]
-    texts += blocks[visit % len(blocks)][:position]
-    return [int(text.split()[0]) for text in texts]
 
 
 # ---- validation ------------------------------------------------------------------------------
