@@ -1,4 +1,4 @@
-"""A reader's browser and the servers that the page is opened from: fixtures for test_page.py.
+"""A browser and the servers that the page is opened from: fixtures for test_page.py.
 
 Chromium is found as NANOCHAT_CHROMIUM says, or on the PATH; Debian's package `chromium` will do.
 """
@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-import page_server
 import pytest
-from fastapi import FastAPI
+import scripted
+from conftest import ENGINE, Running, running_server
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
@@ -50,31 +50,32 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("base") / "runs" / "toy"
-    page_server.write_run(folder)
+    scripted.write_run(folder, chains=scripted.PAGE)
     return load_model(folder)
 
 
 @pytest.fixture(scope="module")
 def chat_url(toy) -> Iterator[str]:
     """A server whose model chats."""
-    scheduler = make_scheduler(toy.model, toy.params, toy.tokenizer, n_slots=2, chunk=4)
-    with page_server.page_server(scheduler, toy.meta, "sft") as app:
-        yield app.state.url
+    scheduler = make_scheduler(toy.model, toy.params, toy.tokenizer, **ENGINE)
+    with running_server(scheduler, toy.meta, run="toy") as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
 def slow_scheduler(toy) -> Scheduler:
-    """Looks after every token at who has left."""
+    """Notices after every token who has left."""
     return make_scheduler(toy.model, toy.params, toy.tokenizer, n_slots=1, chunk=1, max_queue=1)
 
 
 @pytest.fixture
-def start_server(slow_scheduler, toy) -> Iterator[Callable[..., FastAPI]]:
-    """`start_server(stage, rate_limit=1)` starts a server of one's own, at `.state.url`."""
+def start_server(slow_scheduler, toy) -> Iterator[Callable[..., Running]]:
+    """`start_server(stage, rate_limit=1)` starts a server for this test only."""
     with ExitStack() as stack:
 
-        def start(stage: str, **settings) -> FastAPI:
-            server = page_server.page_server(slow_scheduler, toy.meta, stage, **settings)
+        def start(stage: str, **settings) -> Running:
+            meta = toy.meta | {"stage": stage}
+            server = running_server(slow_scheduler, meta, run="toy", **settings)
             return stack.enter_context(server)
 
         yield start
@@ -121,7 +122,7 @@ def chat(visit, chat_url) -> Page:
 @pytest.fixture
 def endless(visit, start_server) -> Page:
     """Talks to a base model, whose longest answers take their time."""
-    url = start_server("pretrain").state.url
+    url = start_server("pretrain").url
     settings = {"name": "nanochat:settings", "value": '{"maxTokens": 4096}'}
     state = {"cookies": [], "origins": [{"origin": url, "localStorage": [settings]}]}
     return visit(url, storage_state=state)

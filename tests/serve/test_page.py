@@ -1,13 +1,13 @@
-"""The page in a real Chromium (page_browser.py), against the real server (page_server.py)."""
+"""The page in a real Chromium (page_browser.py), against the real server."""
 
 import re
 
-from page_server import ANSWER_TEXT, FIRST_WORDS, HOSTILE, SHOWN
 from playwright.sync_api import Locator, Page, expect
+from scripted import FIRST_WORDS, HOSTILE, PAGE_SHOWN, PAGE_TEXT
 
 pytest_plugins = ("page_browser",)
 
-WHOLE = re.compile(f"^({'|'.join(FIRST_WORDS)}){re.escape(SHOWN)}$")
+WHOLE = re.compile(f"^({'|'.join(FIRST_WORDS)}){re.escape(PAGE_SHOWN)}$")
 
 
 def ask(page: Page, text: str) -> None:
@@ -44,7 +44,7 @@ def test_a_conversation_streams_and_goes_on(chat):
     kinds = [part["type"] for part in assistant["content"]]
     assert kinds == ["text", "python", "python_output", "text"]
     texts = [part["text"] for part in assistant["content"] if part["type"] == "text"]
-    assert "".join(texts)[4:] == ANSWER_TEXT
+    assert "".join(texts)[4:] == PAGE_TEXT
 
 
 def test_tool_calls_are_shown_apart(chat):
@@ -323,13 +323,13 @@ def test_a_lost_connection_is_told_and_can_be_retried(visit, chat_url):
 
 
 def test_an_answer_that_breaks_off_keeps_what_came(visit, start_server):
-    app = start_server("pretrain")
-    page = visit(app.state.url)
+    server = start_server("pretrain")
+    page = visit(server.url)
     page.get_by_role("switch", name="Explain").click()
     ask(page, "go")
     expect(page.locator(".answer-text")).to_contain_text("on and on")
-    app.state.service.draining = True
-    app.state.service.cancel_all()
+    server.service.draining = True
+    server.service.cancel_all()
     expect(page.get_by_role("alert")).to_contain_text(
         "The answer broke off. The server was shut down."
     )
@@ -337,7 +337,7 @@ def test_an_answer_that_breaks_off_keeps_what_came(visit, start_server):
 
 
 def test_a_busy_server_is_told(visit, start_server):
-    page = visit(start_server("sft", rate_limit=1).state.url, allow="429")
+    page = visit(start_server("sft", rate_limit=1).url, allow="429")
     ask(page, "Hello?")
     expect(answers(page)).to_have_text([WHOLE])
     ask(page, "Hello again?")
@@ -351,8 +351,8 @@ def test_a_busy_server_is_told(visit, start_server):
 def test_a_key_is_asked_for_and_kept_in_the_tab(visit, start_server, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("open sesame\n")
-    app = start_server("sft", api_keys_file=str(keys))
-    page = visit(app.state.url, allow="401", model="not connected")
+    server = start_server("sft", api_keys_file=str(keys))
+    page = visit(server.url, allow="401", model="not connected")
     expect(page.get_by_role("alert")).to_contain_text("asks for an API key")
     button(page, "Enter a key").click()
     expect(page.get_by_label("API key")).to_be_focused()
@@ -368,7 +368,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit, start_server, tmp_path):
 def test_the_page_keeps_to_the_limits_of_the_server(visit, start_server):
     """An error of the server would be one in the browser's console, which fails the test."""
     limits = {"max_new_tokens": 4, "max_temperature": 0.25, "max_top_k": 3, "max_messages": 3}
-    page = visit(start_server("sft", **limits, max_message_chars=40).state.url)
+    page = visit(start_server("sft", **limits, max_message_chars=40).url)
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "😀" * 40)
     asked = sent.value.post_data_json
@@ -402,7 +402,7 @@ def test_the_page_keeps_to_the_limits_of_the_server(visit, start_server):
 
 
 def test_the_page_keeps_to_the_characters_of_a_request(visit, start_server):
-    page = visit(start_server("sft", max_chars=90).state.url)
+    page = visit(start_server("sft", max_chars=90).url)
     ask(page, "x" * 91)
     expect(page.get_by_role("alert")).to_contain_text("at most 90 characters")
     ask(page, "Hello?")

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import scripted
 from conftest import says
 
 BODIES = [
@@ -140,7 +141,21 @@ def test_what_is_not_supported_is_named(http, field, value):
 
 @pytest.mark.parametrize(
     "prompt",
-    [None, 3, [], [[]], [3.5], ["a", 1], [1, "a"], [-1], [265], [2**31], {}, [[1], "a"], [[[1]]]],
+    [
+        None,
+        3,
+        [],
+        [[]],
+        [3.5],
+        ["a", 1],
+        [1, "a"],
+        [-1],
+        [scripted.CONFIG.vocab_size],
+        [2**31],
+        {},
+        [[1], "a"],
+        [[[1]]],
+    ],
 )
 def test_prompts_that_are_none(http, prompt):
     assert "prompt" in error(post(http, {"prompt": prompt}, "/v1/completions"))["message"]
