@@ -19,7 +19,7 @@ import optax
 
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.muon import add_cautious_decay, scale_by_aspect, scale_by_muon
-from nanochat_jax.scaling import RECIPES, Plan, Recipe
+from nanochat_jax.scaling import RECIPES, OptimSettings, Plan
 
 ADAM_EPS = 1e-10
 
@@ -36,25 +36,16 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class OptimConfig:
-    """Every number of the optimizer; `for_recipe` and `from_plan` fill in a recipe's own."""
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(OptimSettings):
+    """Every number of the optimizer.
+
+    `weight_decay` is already scaled to the depth. `grad_clip` is not applied here: the norm spans
+    all devices, so train.py does.
+    """
 
     recipe: str
     num_iterations: int
-    unembedding_lr: float
-    embedding_lr: float
-    matrix_lr: float
-    scalar_lr: float
-    weight_decay: float  # already scaled to the depth; of Muon in 2026, of AdamW in 2025
-    warmup_steps: int
-    warmdown_ratio: float
-    final_lr_frac: float
-    grad_clip: float  # not applied here: the norm spans all devices, so train.py does
-    momentum_start: float
-    momentum_peak: float
-    momentum_final: float
-    momentum_warmup_steps: int
     batch_lr_scale: float = 1.0
     lr_frac: float = 1.0  # of all rates, for stages after pretraining
 
@@ -65,26 +56,11 @@ class OptimConfig:
             raise ValueError(f"num_iterations must be at least 1, not {self.num_iterations}")
 
     @classmethod
-    def for_recipe(cls, recipe: str, num_iterations: int, **overrides: Any) -> "OptimConfig":
-        """The recipe's numbers, with `overrides` by field name."""
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe is one of {', '.join(RECIPES)}, not {recipe!r}")
-        return cls._from_settings(RECIPES[recipe], recipe, num_iterations, overrides)
-
-    @classmethod
     def from_plan(cls, plan: Plan) -> "OptimConfig":
         """The optimizer of a planned run."""
-        scaled = {
-            "weight_decay": plan.weight_decay_scaled,
-            "batch_lr_scale": plan.batch_lr_scale,
-        }
-        return cls._from_settings(plan.settings, plan.recipe, plan.num_iterations, scaled)
-
-    @classmethod
-    def _from_settings(cls, settings: Recipe, recipe, num_iterations, overrides) -> "OptimConfig":
-        shared = {f.name for f in fields(cls)} & {f.name for f in fields(Recipe)}
-        values = {name: getattr(settings, name) for name in shared} | overrides
-        return cls(recipe=recipe, num_iterations=num_iterations, **values)
+        values = {f.name: getattr(plan.settings, f.name) for f in fields(OptimSettings)}
+        values |= {"weight_decay": plan.weight_decay_scaled, "batch_lr_scale": plan.batch_lr_scale}
+        return cls(recipe=plan.recipe, num_iterations=plan.num_iterations, **values)
 
 
 # --- schedules: of Python ints (float64) and of traced ones (float32) ----------------------------

@@ -21,14 +21,10 @@ REFERENCE_BATCH = 2**19  # tokens; the best batch found at REFERENCE_DEPTH
 BATCH_EXPONENT = 0.383
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything tuned by hand, before it is scaled to a depth."""
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """The numbers of the optimizer that a recipe sets, and flags of the same names override."""
 
-    vocab_size: int
-    window_pattern: str
-    target_param_data_ratio: float  # tokens per counted parameter
-    total_batch_size: int | None  # tokens a step; None: from the rule
     unembedding_lr: float
     embedding_lr: float
     matrix_lr: float
@@ -42,6 +38,16 @@ class Recipe:
     momentum_peak: float
     momentum_final: float
     momentum_warmup_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(OptimSettings):
+    """Everything tuned by hand, before it is scaled to a depth."""
+
+    vocab_size: int
+    window_pattern: str
+    target_param_data_ratio: float  # tokens per counted parameter
+    total_batch_size: int | None  # tokens a step; None: from the rule
     sequence_len: int = 2048
     aspect_ratio: float = 64  # width per layer
     head_dim: int = 128

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_optim import for_recipe
 
 from nanochat_jax.checkpoint import Checkpoints, load_model, model_meta
 from nanochat_jax.gpt import GPT, GPTConfig
-from nanochat_jax.optim import OptimConfig, make_optimizer
+from nanochat_jax.optim import make_optimizer
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
@@ -33,7 +34,7 @@ CONFIG = GPTConfig(
     sequence_len=16, vocab_size=300, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="L"
 )
 MODEL = GPT(CONFIG)
-OPTIMIZER = make_optimizer(CONFIG, OptimConfig.for_recipe("2026", 20))
+OPTIMIZER = make_optimizer(CONFIG, for_recipe("2026", 20))
 ROWS = np.random.default_rng(0).integers(0, 300, (4, 8, 17), dtype=np.int32)
 
 

@@ -174,7 +174,7 @@ def test_overrides_reach_the_plan():
     [
         ({"depth": 0}, "depth must be at least 1"),
         ({"recipe": "2024"}, "recipe is one of 2025, 2026, not '2024'"),
-        ({"learning_rate": 1}, "unknown setting learning_rate; known are vocab_size"),
+        ({"learning_rate": 1}, "unknown setting learning_rate; known are unembedding_lr"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"target_param_data_ratio": -1}, "give num_iterations"),
         ({"target_flops": 1.0}, "less than one step of"),

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_optim import for_recipe
 
 from nanochat_jax.gpt import GPT, GPTConfig
-from nanochat_jax.optim import OptimConfig, make_optimizer
+from nanochat_jax.optim import make_optimizer
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.train import (
     abstract_state,
@@ -29,7 +30,7 @@ ROWS = np.random.default_rng(0).integers(0, 96, (3, 16, 33)).astype(np.int32)
 def build(recipe, n_devices):
     config = GPTConfig(recipe=recipe, **CONFIG)
     model = GPT(config)
-    optimizer = make_optimizer(config, OptimConfig.for_recipe(recipe, 10))
+    optimizer = make_optimizer(config, for_recipe(recipe, 10))
     return model, optimizer, make_mesh(n_devices)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from golden_optim import for_recipe
 
 from nanochat_jax.checkpoint import Checkpoints, model_meta
 from nanochat_jax.gpt import GPT, GPTConfig
-from nanochat_jax.optim import OptimConfig, make_optimizer
+from nanochat_jax.optim import make_optimizer
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Batch, init_state, make_train_step, put_arrays
@@ -58,7 +59,7 @@ def save_supervised(folder: Path, steps: int, seed: int = 0) -> None:
     )
     model, mesh = GPT(config), make_mesh(1)
     rates = {"embedding_lr": 0.2, "unembedding_lr": 0.02, "matrix_lr": 0.02, "scalar_lr": 0.1}
-    optim_config = OptimConfig.for_recipe("2026", steps, warmup_steps=0, **rates)
+    optim_config = for_recipe("2026", steps, warmup_steps=0, **rates)
     optimizer = make_optimizer(config, optim_config)
     state = init_state(model, optimizer, mesh, jax.random.key(seed))
     step = make_train_step(model, optimizer, mesh)
