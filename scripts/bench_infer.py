@@ -4,12 +4,12 @@
     python scripts/bench_infer.py --depth 24 --max-seq-len 2048 --prompt-tokens 512   # one GPU
     python scripts/bench_infer.py --run cpu --batch-sizes 1          # a trained model
 
-Random weights and prompts unless --run names a run; nothing stops a row before --new-tokens. Each
-row of the table is one batch size: all rows are prefilled one after the other, then decode together
-in the loop on the device. "loop over step" compares, at the first batch size, that loop with the
-same engine called for one token at a time, as a loop in Python would: same program, same tokens,
-one trip to the host a token. The runs of both alternate; the fastest of each counts. The last line
-is one JSON object.
+Random weights and prompts unless --run names a run; no row stops before --new-tokens. Each row of
+the table is one batch size: all rows are prefilled one after the other, then decode together in the
+loop on the device. "loop over step" compares, at the first batch size, that loop with the same
+engine called for one token at a time, as a loop in Python would: same program, same tokens, one
+round trip to the host per token. The runs of both alternate; the fastest of each counts. The last
+line is one JSON object.
 """
 
 import json
@@ -45,24 +45,24 @@ class BenchInferConfig:
     run: str = ""
     """A trained run instead of random weights; depth to max-seq-len then come from it."""
     depth: int = 2
-    """Number of layers. The trip to the host costs the same for every model: the larger the model,
-    the less it shows."""
+    """Number of layers. The round trip to the host costs the same for every model: the larger the
+    model, the less it matters."""
     recipe: Literal["2025", "2026"] = "2026"
     """Which nanochat."""
     vocab_size: int = 4096
     """Tokens in the vocabulary."""
     max_seq_len: int = 256
-    """Context: how many tokens a row has room for."""
+    """Context: tokens that a row has room for."""
     prompt_tokens: int = 64
     """Tokens of every prompt."""
     new_tokens: int = 128
-    """Tokens drawn for every row, and in one call of the loop."""
+    """Tokens sampled for every row, in one call of the loop."""
     batch_sizes: str = "1,8,32,128"
-    """Rows decoded together, with commas between."""
+    """Rows decoded together, separated by commas."""
     temperature: float = 0.8
-    """0 takes the likeliest token."""
+    """0 takes the most likely token."""
     top_k: int = 50
-    """Tokens to choose among; 0: all."""
+    """Sample among the k most likely tokens; 0: all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type."""
     repeats: int = 5
@@ -84,7 +84,7 @@ class InferBench:
         self.ttft_s = math.inf
 
     def prefill(self) -> None:
-        """Every prompt in its row. The first one is timed with its first token."""
+        """Prefills every row; the first one is timed, with its first token."""
         self.engine.reset()
         for row, prompt in enumerate(self.prompts):
             began = time.perf_counter()
@@ -94,21 +94,14 @@ class InferBench:
                 self.ttft_s = min(self.ttft_s, time.perf_counter() - began)
         _append(self.engine, 0, self.prompts[0])  # without that token
 
-    def loop_s(self) -> float:
-        """Seconds to draw the new tokens of all rows in one call."""
+    def decode_s(self, tokens_per_call: int) -> float:
+        """Seconds to sample the new tokens of all rows, so many in each call."""
         inputs = self._inputs()
         began = time.perf_counter()
-        self.engine.decode(inputs, self.config.new_tokens)
-        return time.perf_counter() - began
-
-    def step_s(self) -> float:
-        """The same, one call a token."""
-        inputs = self._inputs()
-        began = time.perf_counter()
-        for _ in range(self.config.new_tokens):
-            self.engine.decode(inputs, 1)
-            inputs.sampled[:] += 1
-            inputs.remaining[:] -= 1
+        for _ in range(0, self.config.new_tokens, tokens_per_call):
+            self.engine.decode(inputs, tokens_per_call)
+            inputs.sampled[:] += tokens_per_call
+            inputs.remaining[:] -= tokens_per_call
         return time.perf_counter() - began
 
     def _inputs(self, only: int | None = None) -> DecodeInputs:
@@ -144,10 +137,10 @@ def measure(config: BenchInferConfig) -> dict[str, Any]:
         loop, step = [], []
         for _ in range(config.repeats):
             bench.prefill()
-            loop.append(bench.loop_s())
+            loop.append(bench.decode_s(config.new_tokens))
             if size == sizes[0]:
                 bench.prefill()
-                step.append(bench.step_s())
+                step.append(bench.decode_s(1))
         if step:
             step_tokens_per_s = size * config.new_tokens / min(step)
         rows.append(_row(bench, min(loop)))
@@ -202,7 +195,7 @@ def _row(bench: InferBench, loop_s: float) -> dict[str, Any]:
 
 
 def _peak_gib() -> float:
-    """Of the device; on a CPU, of this process. It never falls again from row to row."""
+    """Of the device; on a CPU, of this process. It never falls from row to row."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30

@@ -76,17 +76,15 @@ class EvalChatConfig:
     allow_unsandboxed: bool = False
     """Run programs that the model wrote where nothing can isolate them."""
 
-    def __post_init__(self):
-        if self.n_samples < 1 or self.max_new_tokens < 1:
-            raise ValueError("an answer needs at least one sample of one token")
-        if self.n_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"at temperature 0 all {self.n_samples} samples are the same; set --temperature"
-            )
-
 
 def main() -> None:
     config = parse(EvalChatConfig, "eval_chat", description=__doc__)
+    if config.n_samples < 1 or config.max_new_tokens < 1:
+        raise ValueError("an answer needs at least one sample of one token")
+    if config.n_samples > 1 and config.temperature == 0:
+        raise ValueError(
+            f"at temperature 0 all {config.n_samples} samples are the same; set --temperature"
+        )
     tasks = [
         make_task(
             name,

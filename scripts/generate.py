@@ -1,10 +1,10 @@
-"""Lets a base model go on with a text.
+"""Continues a text with a base model.
 
     python scripts/generate.py --run d12 --prompt "The history of bread"
     python scripts/generate.py --run d12 --prompt FILE:start.txt --num-samples 4 --temperature 0.7
     python scripts/generate.py --run d12 --temperature 0 --max-tokens 200
 
-Each sample ends where the model begins another document, or after --max-tokens.
+A sample ends where the model begins another document, or after --max-tokens.
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,17 @@ class GenerateConfig:
     step: str = "last"
     """Which checkpoint: a step, last or best."""
     prompt: str = ""
-    """Text to go on with, or FILE:path; empty begins a document."""
+    """Text to continue, or FILE:path; empty begins a document."""
     num_samples: int = 1
-    """Samples to write, each with its own random choices."""
+    """Samples to write, each with its own random numbers."""
     max_tokens: int = 128
-    """New tokens of each sample at most."""
+    """Largest number of new tokens per sample."""
     temperature: float = 0.8
-    """0 takes the likeliest token; more is more surprising."""
+    """0 takes the most likely token; higher is more varied."""
     top_k: int = 50
-    """Tokens to choose among; 0: all."""
+    """Sample among the k most likely tokens; 0: all."""
     seed: int = 42
-    """Another seed, other samples."""
+    """Seed of the samples."""
 
 
 def main() -> None:

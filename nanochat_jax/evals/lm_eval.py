@@ -1,11 +1,11 @@
 """Our checkpoints under EleutherAI's lm-evaluation-harness (pip install lm_eval).
 
     import lm_eval
-    from nanochat_jax.interop.lm_eval import harness_model
+    from nanochat_jax.evals.lm_eval import harness_model
 
     results = lm_eval.simple_evaluate(harness_model("d12"), tasks=["hellaswag", "gsm8k"])
 
-A chat model is asked in its chat format with apply_chat_template=True. lm_eval is imported only
+With apply_chat_template=True a chat model is asked in its chat format. lm_eval is imported only
 when a model is made.
 """
 
@@ -18,10 +18,9 @@ import jax
 import numpy as np
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
-from nanochat_jax.engine.engine import make_engine
-from nanochat_jax.engine.requests import Event, Finished, Request, Token
+from nanochat_jax.engine.requests import Event, Finished, Request, Token, stop_ids
 from nanochat_jax.engine.sampling import SamplingParams
-from nanochat_jax.engine.scheduler import Scheduler
+from nanochat_jax.engine.scheduler import Scheduler, make_scheduler
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.scoring_batches import Span, SpanScore
 from nanochat_jax.runs import run_folder
@@ -29,7 +28,6 @@ from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 
 MAX_GEN_TOKENS = 256  # the harness's own default
-EVERYTHING = 2**31  # requests that may wait: the harness hands all over at once
 
 
 def harness_model(run: str, step: str = "last", *, n_devices: int | None = None, **how: Any) -> Any:
@@ -40,11 +38,11 @@ def harness_model(run: str, step: str = "last", *, n_devices: int | None = None,
 
 
 class Harness:
-    """The three questions of the harness, by its own names; each request has `args`.
+    """The harness's three request types, under its own names; each request has `args`.
 
-    Texts begin with <|bos|>, and the model is shown at most `max_length` tokens at once (default:
-    what it was trained on): of longer contexts the end. `tokens_per_device` limits a batch of
-    scored texts, `slots` are the answers written at once.
+    Texts begin with <|bos|>, and the model sees at most `max_length` tokens (default: the length it
+    was trained on): of longer contexts the end. `tokens_per_device` limits a batch of scored texts,
+    `slots` are the answers written side by side.
     """
 
     def __init__(
@@ -70,9 +68,9 @@ class Harness:
     # --- likelihoods ------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p in nats, and whether each token is the likeliest.
+        """Of each (context, continuation): log p in nats, and whether each token is the argmax.
 
-        Neighbours of one context, as the choices of a question are, go through the model together.
+        Neighbours with the same context, as the choices of a question, are scored together.
         """
         pairs = [request.args for request in requests]
         groups = [
@@ -90,22 +88,18 @@ class Harness:
         return [_log_p(scores) for scores in self._scorer.score(groups)]
 
     def _continuation(self, context: str, continuation: str) -> Span:
-        spaces = len(context) - len(context.rstrip())
-        if context in self._chats or not spaces:
-            before = self._encode(context)
-        else:  # a space belongs to the word that follows
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-            before = self._encode(context)
         if context in self._chats:
+            before = self._chats[context]
             whole = before + self._tokenizer.encode(continuation)
         else:
+            before = self._encode(context.rstrip())  # a space belongs to the word that follows
             whole = self._encode(context + continuation)
         start = min(len(before), len(whole) - 1)  # the last token may have grown
         surplus = min(max(0, len(whole) - self._max_length - 1), start - 1)
         return Span(np.array(whole[surplus:], np.int32), start - surplus)
 
     def _windows(self, text: str) -> list[Span]:
-        """The text in pieces of `max_length` tokens; the last one with as much before it."""
+        """The text in windows of `max_length` tokens; the last one reaches back to be as long."""
         tokens = np.array(self._encode(text), np.int32)
         windows = []
         for first in range(1, len(tokens), self._max_length):
@@ -122,31 +116,33 @@ class Harness:
     # --- generation -------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-        """What follows each (context, settings), until one of the strings in settings["until"]."""
+        """The continuation of each (context, settings), up to the first of settings["until"]."""
         pairs = [request.args for request in requests]
         new = [int(settings.get("max_gen_toks", MAX_GEN_TOKENS)) for _, settings in pairs]
-        capacity = self._max_length + max(new, default=0)
-        engine = make_engine(
-            self._model, self._params, capacity=capacity, n_slots=self._slots, mesh=self._mesh
+        scheduler = make_scheduler(
+            self._model,
+            self._params,
+            self._tokenizer,
+            capacity=self._max_length + max(new, default=0),
+            n_slots=self._slots,
+            mesh=self._mesh,
+            max_queue=len(pairs),
         )
-        scheduler = Scheduler(engine, self._tokenizer, max_queue=EVERYTHING)
-        writers = [
-            Writer(scheduler, self._tokenizer, self._request(context, settings, n, i), settings)
-            for i, ((context, settings), n) in enumerate(zip(pairs, new, strict=True))
-        ]
+        answers = []
+        for i, ((context, settings), max_new_tokens) in enumerate(zip(pairs, new, strict=True)):
+            request = Request(
+                self._encode(context)[-self._max_length :],
+                max_new_tokens,
+                _sampling_params(settings, seed=i),
+                stop_ids=stop_ids(self._tokenizer, chat=True),
+                use_tools=self._use_tools,
+            )
+            until = settings.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            answers.append(Answer(scheduler, self._tokenizer, request, until))
         while scheduler.step():
             pass
-        return [writer.text() for writer in writers]
-
-    def _request(self, context: str, settings: Mapping[str, Any], n: int, number: int) -> Request:
-        end = self._tokenizer.special_id("<|assistant_end|>")
-        return Request(
-            self._encode(context)[-self._max_length :],
-            n,
-            _sampling(settings, number),
-            stop_ids=(self._tokenizer.bos_id, end),
-            use_tools=self._use_tools,
-        )
+        return [answer.text() for answer in answers]
 
     # --- chats ------------------------------------------------------------------------------------
 
@@ -162,58 +158,44 @@ class Harness:
     ) -> str:
         """The text of a chat, which stands for its tokens when it comes back as a context.
 
-        So what a user writes is never taken for a marker, as it is where text alone is known.
+        So a marker in a user's text stays text, as it could not if the text were encoded again.
         """
         if not add_generation_prompt:
-            raise ValueError(
-                "an answer that was begun cannot be gone on with: drop assistant_prefix"
-            )
+            raise ValueError("a begun answer cannot be continued: drop assistant_prefix")
         ids = self._tokenizer.render_prompt({"messages": list(chat_history)}, self._max_length)
         text = self._tokenizer.decode(ids)
         self._chats[text] = ids
         return text
 
 
-class Writer:
+class Answer:
     """Collects one answer and ends it at the first stop string."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        tokenizer: Tokenizer,
-        request: Request,
-        settings: Mapping[str, Any],
+        self, scheduler: Scheduler, tokenizer: Tokenizer, request: Request, until: Sequence[str]
     ):
-        until = settings.get("until") or []
-        self._until = [until] if isinstance(until, str) else list(until)
-        self._scheduler, self._tokenizer = scheduler, tokenizer
+        self._scheduler, self._tokenizer, self._until = scheduler, tokenizer, until
         self._tokens: list[int] = []
-        self._ticket = scheduler.submit(request, self._hear)
+        self._state = scheduler.submit(request, self._listen)
 
-    def _hear(self, events: list[Event]) -> None:
+    def _listen(self, events: list[Event]) -> None:
         self._tokens += [event.id for event in events if isinstance(event, Token)]
         is_finished = any(isinstance(event, Finished) for event in events)
-        if not is_finished and self._end(self._whole()) is not None:
-            self._scheduler.cancel(self._ticket)
+        if not is_finished and self.text() != self._tokenizer.decode(self._tokens):
+            self._scheduler.cancel(self._state)
 
     def text(self) -> str:
-        whole = self._whole()
-        return whole[: self._end(whole)]
-
-    def _whole(self) -> str:
-        return self._tokenizer.decode(self._tokens)
-
-    def _end(self, text: str) -> int | None:
-        """Where the first stop string begins."""
+        """The answer so far, without the first stop string and what follows it."""
+        text = self._tokenizer.decode(self._tokens)
         found = [text.find(stop) for stop in self._until if stop]
-        return min((at for at in found if at >= 0), default=None)
+        return text[: min((at for at in found if at >= 0), default=None)]
 
 
-def _sampling(settings: Mapping[str, Any], seed: int) -> SamplingParams:
-    """Greedy unless the task wants otherwise."""
+def _sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
+    """Greedy unless the task asks for sampling."""
     wanted = settings.get("do_sample")
-    usual = 1.0 if wanted else 0.0
-    temperature = 0.0 if wanted is False else float(settings.get("temperature", usual))
+    default = 1.0 if wanted else 0.0
+    temperature = 0.0 if wanted is False else float(settings.get("temperature", default))
     top_k, top_p = int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0)
     return SamplingParams(temperature, top_k, top_p, seed=seed)
 

@@ -30,14 +30,14 @@ from nanochat_jax.sharding import AXIS, BATCH_SPEC, REPLICATED, specs
 from nanochat_jax.stages.settings import Advantage, Objective
 from nanochat_jax.train import gather_weights
 
-STD_EPSILON = 1e-6  # of "std": a question whose samples are all alike has advantages of 0
+STD_EPSILON = 1e-6  # of "std": where all samples have the same reward, the advantages are 0
 
 
 # --- rows -----------------------------------------------------------------------------------------
 
 
 class RolloutRows(NamedTuple):
-    """A step's samples side by side, padded to one width (NumPy arrays)."""
+    """A step's samples, padded to one width (NumPy arrays)."""
 
     inputs_RT: np.ndarray  # int32
     targets_RT: np.ndarray  # int32, −1 where not trained on
@@ -48,7 +48,7 @@ def make_rows(
     rollouts: Sequence[Rollout], pad_id: int, widths: Sequence[int] = (1,)
 ) -> RolloutRows:
     """Rows of T inputs: T is the first of `widths` that holds the longest sample, or a multiple of
-    the last. Few widths mean few compiled programs, many mean little padding."""
+    the last. Fewer widths mean fewer compiled programs, more mean less padding."""
     longest = max(len(r.prompt) + len(r.tokens) for r in rollouts) - 1
     unit = next((width for width in widths if width >= longest), widths[-1])
     T = -(-longest // unit) * unit
@@ -71,7 +71,7 @@ def make_rows(
 
 
 def advantages(rewards_QN: np.ndarray, kind: Advantage = "mean") -> np.ndarray:
-    """How much better each of N samples is than the others of its question; (Q, N) float32."""
+    """Each of N samples compared with the mean of its question; (Q, N) float32."""
     rewards = np.asarray(rewards_QN, np.float64)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     if kind == "std":
@@ -81,13 +81,13 @@ def advantages(rewards_QN: np.ndarray, kind: Advantage = "mean") -> np.ndarray:
 
 
 def row_weights(lengths_QN: np.ndarray, objective: Objective) -> np.ndarray:
-    """What each trained token of a sample counts, (Q, N) float32, from the numbers of such tokens.
+    """The weight of each trained token of a sample, (Q, N) float32, from the samples' lengths.
 
     pass      1 / (tokens of the pass · passes · questions); the passes are a question's samples in
-              runs of `samples_per_pass`, as the original divided them for its memory's sake
+              groups of `samples_per_pass`, into which the original divided them to save memory
     sequence  1 / (tokens of the sample · samples): every sample counts the same
     token     1 / tokens of the step: every token counts the same
-    constant  1 / (max_new_tokens · samples): a sample's sum does not depend on its length
+    constant  1 / (max_new_tokens · samples): a token's weight does not depend on any length
     """
     lengths = np.asarray(lengths_QN, np.float64)
     Q, N = lengths.shape
@@ -110,25 +110,28 @@ def row_weights(lengths_QN: np.ndarray, objective: Objective) -> np.ndarray:
 
 
 class RolloutBatch(NamedTuple):
-    """What the training step is given; A micro-batches of B rows."""
+    """The input of a training step: A micro-batches of B rows."""
 
     inputs_ABT: Any
     targets_ABT: Any
     advantages_AB: Any
     weights_AB: Any
-    rollout_logprobs_ABT: Any  # of the policy that drew the samples
+    rollout_logprobs_ABT: Any  # of the policy that sampled
     reference_logprobs_ABT: Any = None  # of the policy to stay close to; None without KL
 
 
-def make_batch(rows: RolloutRows, rewards_QN: np.ndarray, objective: Objective, at_once: int):
-    """A RolloutBatch of NumPy arrays; `at_once` rows make a micro-batch, empty ones fill it up."""
+def make_batch(
+    rows: RolloutRows, rewards_QN: np.ndarray, objective: Objective, micro_batch_size: int
+) -> RolloutBatch:
+    """NumPy arrays, in micro-batches of `micro_batch_size` rows; the last is padded with rows that
+    have no targets."""
     lengths_QN = (rows.targets_RT >= 0).sum(axis=1).reshape(np.shape(rewards_QN))
 
     def micro(array: np.ndarray, fill: float) -> np.ndarray:
-        missing = -len(array) % at_once
+        missing = -len(array) % micro_batch_size
         widths = [(0, missing), *[(0, 0)] * (array.ndim - 1)]
         filled = np.pad(array, widths, constant_values=fill)
-        return filled.reshape(-1, at_once, *array.shape[1:])
+        return filled.reshape(-1, micro_batch_size, *array.shape[1:])
 
     return RolloutBatch(
         micro(rows.inputs_RT, rows.inputs_RT[0, 0]),
@@ -140,7 +143,7 @@ def make_batch(rows: RolloutRows, rewards_QN: np.ndarray, objective: Objective, 
 
 
 def put_rollouts[T](batch: T, mesh: Mesh) -> T:
-    """A batch, or an array of one, which every process has, on the mesh: rows cut over devices."""
+    """A batch, or an array of one, that every process has: on the mesh, sharded by rows."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
 
     def put(array: np.ndarray) -> jax.Array:
@@ -152,9 +155,9 @@ def put_rollouts[T](batch: T, mesh: Mesh) -> T:
 def policy_loss(
     objective: Objective, model, weights: Params, micro: RolloutBatch, supervised: jax.Array
 ) -> jax.Array:
-    """A train.Loss: the negative of what is maximised, summed over this micro-batch.
+    """A train.Loss: the negative of the objective, summed over this micro-batch.
 
-    Without a ratio it is −Σ weight · advantage · log p; its value means nothing, its gradient does.
+    Without a ratio it is −Σ weight · advantage · log p, of which only the gradient is meaningful.
     The KL is estimated by e^d − d − 1 with d = log p_ref − log p ("k3",
     joschu.net/blog/kl-approx.html).
     """
@@ -169,7 +172,7 @@ def policy_loss(
 
 
 def surrogate(logprobs, rollout_logprobs, advantage, objective: Objective):
-    """What a token gains: advantage · log p, or PPO's clipped advantage · ratio (1707.06347)."""
+    """A token's objective: advantage · log p, or PPO's clipped advantage · ratio (1707.06347)."""
     if objective.clip <= 0:
         return advantage * logprobs
     high = objective.clip if objective.clip_high is None else objective.clip_high
@@ -182,9 +185,9 @@ def surrogate(logprobs, rollout_logprobs, advantage, objective: Objective):
 
 
 def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], np.ndarray]:
-    """The function (params, batch) -> log-probability of every target, (A, B, T); 0 where none is.
+    """The function (params, batch) -> log-probability of every target, (A, B, T); 0 without one.
 
-    The batch lies on the mesh; every process gets all of the result.
+    The batch is on the mesh; every process gets the whole result.
     """
     param_specs = specs(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
 
@@ -210,19 +213,19 @@ def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], np
 
 
 def compare(logprobs_ABT: np.ndarray, batch: RolloutBatch) -> dict[str, float]:
-    """How far the policy being trained is from the one that drew the samples, and the reference.
+    """How far the policy being trained is from the one that sampled, and from the reference.
 
-    Over trained tokens, of a batch as `make_batch` gives it. Before the first update of a step the
-    mismatch is that of two programs for the same weights: it should be round-off.
+    Means over the trained tokens of a `make_batch` batch. Before the first update of a step the
+    mismatch is that of two programs with the same weights: it should be round-off.
     """
     is_trained = batch.targets_ABT >= 0
-    ours, drawn = logprobs_ABT[is_trained], batch.rollout_logprobs_ABT[is_trained]
-    change = np.abs(ours - drawn)
-    told = {
+    ours, sampled = logprobs_ABT[is_trained], batch.rollout_logprobs_ABT[is_trained]
+    change = np.abs(ours - sampled)
+    metrics = {
         "mismatch": float(change.mean()) if len(change) else 0.0,
         "max_mismatch": float(change.max(initial=0.0)),
     }
     if batch.reference_logprobs_ABT is not None and len(ours):
         distance = batch.reference_logprobs_ABT[is_trained] - ours
-        told["kl"] = float(np.mean(np.exp(distance) - distance - 1))
-    return told
+        metrics["kl"] = float(np.mean(np.exp(distance) - distance - 1))
+    return metrics

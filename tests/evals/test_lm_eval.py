@@ -1,5 +1,4 @@
-"""The three questions of lm-evaluation-harness, asked in its protocol; and the harness itself where
-it is installed."""
+"""The three request types of lm-evaluation-harness; and the harness itself where installed."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -78,15 +77,15 @@ def test_continuations_are_as_likely_as_the_model_finds_them(loaded, harness):
         assert found[1] == wanted[1]
 
 
-def test_the_likeliest_continuation_is_called_so(loaded, harness):
-    """Of the prompts that the model would go on with ordinary text."""
+def test_the_argmax_continuation_is_greedy(loaded, harness):
+    """For the prompts after which the model's argmax is ordinary text."""
     encode, bos = loaded.tokenizer.encode, loaded.tokenizer.bos_id
     prompts = [text[:end] for text in TEXTS for end in range(3, len(text)) if text[end - 1] != " "]
     pairs = []
     for prompt in prompts:
-        likeliest = int(logprobs_of(loaded, [bos, *encode(prompt)])[-1].argmax())
-        text = loaded.tokenizer.decode([likeliest])
-        if encode(prompt + text) == [*encode(prompt), likeliest]:
+        best = int(logprobs_of(loaded, [bos, *encode(prompt)])[-1].argmax())
+        text = loaded.tokenizer.decode([best])
+        if encode(prompt + text) == [*encode(prompt), best]:
             pairs.append((prompt, text))
     assert pairs
     assert all(is_greedy for _, is_greedy in harness.loglikelihood(ask(*pairs)))
@@ -146,7 +145,7 @@ def test_a_chat_is_asked_in_its_own_tokens(loaded, harness):
     found = harness.loglikelihood(ask((text, "two")))[0]
     assert found[0] == pytest.approx(log_p(loaded, prompt + choice, len(prompt))[0], abs=1e-4)
     assert harness.chat_template(True)
-    with pytest.raises(ValueError, match="cannot be gone on with"):
+    with pytest.raises(ValueError, match="cannot be continued"):
         harness.apply_chat_template(chat, add_generation_prompt=False)
 
 

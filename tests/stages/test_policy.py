@@ -27,10 +27,10 @@ def rollout(prompt, tokens, forced=None, reward=0.0) -> Rollout:
     return Rollout(prompt, tokens, forced, logprobs, reward, "stop")
 
 
-def step_of(model, params, rows, rewards, objective, n_devices=1, at_once=4, reference=None):
+def step_of(model, params, rows, rewards, objective, n_devices=1, size=4, reference=None):
     """Loss, and gradient by parameter name, of one real training step."""
     mesh = make_mesh(n_devices)
-    batch = policy.make_batch(rows, rewards, objective, at_once)
+    batch = policy.make_batch(rows, rewards, objective, size)
     if reference is not None:
         batch = batch._replace(reference_logprobs_ABT=reference.reshape(batch.targets_ABT.shape))
     loss = partial(policy.policy_loss, objective)
@@ -80,7 +80,7 @@ def test_rows_advantages_and_probabilities_are_the_originals(original, index):
     expected = archive[f"case{index}/advantages"]
     np.testing.assert_allclose(policy.advantages(rewards)[0], expected, atol=1e-7)
     mesh = make_mesh(1)
-    batch = policy.put_rollouts(policy.make_batch(rows, rewards, Objective(), at_once=2), mesh)
+    batch = policy.put_rollouts(policy.make_batch(rows, rewards, Objective(), 2), mesh)
     found = np.asarray(policy.make_logprobs(model, mesh)(params, batch)).reshape(
         rows.inputs_RT.shape
     )
@@ -96,7 +96,13 @@ def test_loss_and_gradients_are_the_originals(original, passes, n_devices):
     n = len(case["rewards"])
     objective = Objective(samples_per_pass=n // passes)
     loss, gradient = step_of(
-        model, params, rows_of(case), np.array([case["rewards"]]), objective, n_devices, at_once=2
+        model,
+        params,
+        rows_of(case),
+        np.array([case["rewards"]]),
+        objective,
+        n_devices,
+        size=2,
     )
     key = "loss_one_pass" if passes == 1 else f"losses_two_passes_of_{n // 2}"
     assert loss == pytest.approx(sum(case[key]), abs=2e-6)
@@ -127,7 +133,7 @@ def test_more_questions_share_the_loss(original):
     )
     rewards = np.ones((questions, n))
     rewards[0] = case["rewards"]
-    loss, _ = step_of(model, params, together, rewards, Objective(samples_per_pass=n), at_once=16)
+    loss, _ = step_of(model, params, together, rewards, Objective(samples_per_pass=n), size=16)
     assert loss == pytest.approx(case["loss_one_pass_examples_per_rank_16"][0], abs=1e-6)
 
 
@@ -226,7 +232,7 @@ def test_a_ratio_of_one_has_the_plain_gradient(small, drawn):
     plain = gradient_of(small, drawn, Objective())
     assert max(np.abs(g).max() for g in plain.values()) > 1e-3
     assert_same(gradient_of(small, drawn, Objective(clip=0.2)), plain)
-    assert_same(gradient_of(small, drawn, Objective(), n_devices=2, at_once=2), plain)
+    assert_same(gradient_of(small, drawn, Objective(), n_devices=2, size=2), plain)
 
 
 def test_clipping_ends_what_has_gone_far_enough(small, drawn):
