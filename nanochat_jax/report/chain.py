@@ -1,13 +1,13 @@
-"""The report card: what every stage of a model's life left behind, read together.
+"""Reads what every stage of a model's life left behind, and chains the stages together.
 
-    runs/<name>/report/<stage>.json     what a stage or an evaluation says of itself (`record`)
-    runs/<name>/metrics.jsonl           its curves (runs.py)
+    runs/<name>/report/<stage>.json     what a stage or an evaluation recorded (runs.record)
+    runs/<name>/metrics.jsonl           its curves
 
 A model's life is a chain of runs: every fine-tuned run names the run it came from in the meta of
-its checkpoints. plots.py draws the chain, page.py writes it down.
+its checkpoints.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from nanochat_jax.runs import (
 TITLES = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
 ORIGINAL_ROWS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "ChatCORE")
 BPB = "Validation bpb"
-TALK_BPB = "Validation bpb, conversations"  # of other data: no number to hold beside that
+TALK_BPB = "Validation bpb, conversations"  # of other data: not comparable with BPB
+_EVALUATED = ("bpb", "bpb_interval", "core", "core_interval", "chatcore", "chatcore_interval")
 EVALUATIONS = ("eval_base.json", "eval_chat.json")  # beside metrics.jsonl
 
 
@@ -76,31 +77,26 @@ class StageRecord:
 
     @property
     def seconds(self) -> float:
-        """Of the whole stage if it says so, else of training."""
-        said = self.find("seconds")
-        if said is not None:
-            return float(said)
+        """Of the whole stage if it was recorded, else of training."""
+        recorded = self.find("seconds")
+        if recorded is not None:
+            return float(recorded)
         return float(self.meta.get("progress", {}).get("train_seconds", 0.0)) or max(
             self.series("train", "train_seconds")[1], default=0.0
         )
 
 
 def read_stage(folder: Path) -> StageRecord:
-    """Everything that a run's folder says. ValueError where there is no run."""
+    """Everything in a run's folder. ValueError where there is no run."""
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"there is no run in {folder}: it has no {METRICS_FILE}")
-    return StageRecord(folder, read_meta(folder), read_metrics(folder), dict(_sections(folder)))
-
-
-def _sections(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    paths = [
-        *sorted((folder / REPORT_FOLDER).glob("*.json")),
-        *(folder / name for name in EVALUATIONS),
-    ]
-    for path in paths:
-        values = _read_json(path)
-        if values:
-            yield path.stem, values
+    recorded = sorted((folder / REPORT_FOLDER).glob("*.json"))
+    sections = {
+        path.stem: values
+        for path in (*recorded, *(folder / name for name in EVALUATIONS))
+        if (values := _read_json(path))
+    }
+    return StageRecord(folder, read_meta(folder), read_metrics(folder), sections)
 
 
 # --- the chain ------------------------------------------------------------------------------------
@@ -147,39 +143,30 @@ def _newest_child(folder: Path) -> Path | None:
 
 def scores(stage: StageRecord) -> dict[str, MetricValue]:
     """The metrics of a stage by the names of the summary table."""
-    found = {}
+    found: dict[str, MetricValue | None] = {}
     curve = stage.series("val", "bpb")[1]
-    last = curve[-1] if curve else None
-    reads_text = stage.kind == "pretrain"
-    for name, value, interval in (
-        (BPB, stage.find("bpb") or (last if reads_text else None), stage.find("bpb_interval")),
-        (TALK_BPB, None if reads_text else last, None),
-        ("CORE", stage.find("core"), stage.find("core_interval")),
-        ("ChatCORE", stage.find("chatcore"), stage.find("chatcore_interval")),
-    ):
-        if isinstance(value, int | float):
-            found[name] = MetricValue(float(value), _interval(interval))
+    last = {"bpb": curve[-1]} if curve else {}
+    on_text = stage.kind == "pretrain"
+    measured = {key: stage.find(key) for key in _EVALUATED if stage.find(key) is not None}
+    found[BPB] = metric((last if on_text else {}) | measured, "bpb")
+    found[TALK_BPB] = None if on_text else metric(last, "bpb")
+    found |= {"CORE": metric(measured, "core"), "ChatCORE": metric(measured, "chatcore")}
+    row_names = {name.lower(): name for name in ORIGINAL_ROWS}
     for name, task in (stage.find("chat_tasks") or {}).items():
-        value = task.get("accuracy") if isinstance(task, dict) else task
-        if isinstance(value, int | float):
-            interval = task.get("accuracy_interval") if isinstance(task, dict) else None
-            found[_row_name(name)] = MetricValue(float(value), _interval(interval))
-    return found | _rl_scores(stage)
+        values = task if isinstance(task, dict) else {"accuracy": task}
+        found[row_names.get(name.lower(), name)] = metric(values, "accuracy")
+    if passes := stage.series("val", "pass@1")[1]:
+        task = stage.meta.get("identity", {}).get("task", {}).get("name", "its own task")
+        found[f"pass@1, {task}"] = MetricValue(passes[-1])
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _rl_scores(stage: StageRecord) -> dict[str, MetricValue]:
-    _, values = stage.series("val", "pass@1")
-    task = stage.meta.get("identity", {}).get("task", {}).get("name", "its own task")
-    return {f"pass@1, {task}": MetricValue(values[-1])} if values else {}
-
-
-def _row_name(task: str) -> str:
-    known = {name.lower(): name for name in ORIGINAL_ROWS}
-    return known.get(task.lower(), task)
-
-
-def _interval(value: Any) -> tuple[float, float] | None:
-    return (float(value[0]), float(value[1])) if value else None
+def metric(values: dict[str, Any], key: str) -> MetricValue | None:
+    """values[key] with values[key + "_interval"], where there is one."""
+    value, interval = values.get(key), values.get(f"{key}_interval")
+    if not isinstance(value, int | float):
+        return None
+    return MetricValue(float(value), (float(interval[0]), float(interval[1])) if interval else None)
 
 
 def summary(
@@ -205,7 +192,7 @@ def titles(chain: Sequence[StageRecord]) -> list[str]:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a model's whole life took. `usd` and `kwh` are None where nobody can tell."""
+    """What a model's whole life took. `usd` and `kwh` are None where they are unknown."""
 
     seconds: float
     devices: int

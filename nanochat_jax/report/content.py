@@ -1,7 +1,4 @@
-"""What a report says, before it is a page: sections of a few kinds of blocks, for one run or more.
-
-page.py makes Markdown and HTML of them.
-"""
+"""What a report says: sections of a few kinds of blocks, which page.py turns into a page."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,22 +13,22 @@ from nanochat_jax.report.chain import (
     MetricValue,
     StageRecord,
     Totals,
+    metric,
     scores,
     summary,
     totals,
 )
-from nanochat_jax.report.plots import Plot, plots
+from nanochat_jax.report.plots import Chain, Plot, plots
+from nanochat_jax.runs import CONFIG_FILE
 
 TRANSCRIPTS = "transcripts.jsonl"
 SHOWN_SAMPLES = 4
 NOTHING = "–"
 
-Chain = Sequence[StageRecord]
-
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: its text, a smaller note behind it, and whether it is the best."""
+    """A cell with a smaller note behind its text, or marked as the best."""
 
     text: str
     note: str = ""
@@ -41,7 +38,7 @@ class Cell:
 @dataclass(frozen=True)
 class Table:
     heads: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[str | Cell]]
     numbers: bool = True  # all columns but the first are aligned to the right
 
 
@@ -90,35 +87,31 @@ class Content:
 
 
 def build(chains: Sequence[Chain], usd_per_gpu_hour: float) -> Content:
-    """The report of one model, or of several beside one another; ValueError for the same twice."""
+    """The report of one model, or of several side by side; ValueError for the same one twice."""
     names = _names(chains)
-    if len({stage.folder for stage in _telling(chains)}) < len(chains):
+    if len({stage.folder for stage in _distinctive(chains)}) < len(chains):
         raise ValueError(
             f"some of the runs to compare are of the same model ({', '.join(names)}): name others; "
             "the report of a single run has all stages of its model"
         )
     costs = [totals(chain, usd_per_gpu_hour) for chain in chains]
-    one = len(chains) == 1
-    found = _one(chains[0], costs[0]) if one else _several(chains, costs)
-    sections = [section for section in found if section.blocks]
-    return Content(" · ".join(names) if one else " and ".join(names), _subtitle(chains), sections)
+    if len(chains) == 1:
+        sections = _one(chains[0], costs[0])
+        subtitle = f"From {' to '.join(dict.fromkeys(stage.title for stage in chains[0]))}."
+    else:
+        sections, subtitle = _several(chains, costs), "Runs side by side."
+    return Content(" and ".join(names), subtitle, [s for s in sections if s.blocks])
 
 
-def _telling(chains: Sequence[Chain]) -> list[StageRecord]:
-    """Of each model the stage that tells it from the others: its base, or its last stage."""
+def _distinctive(chains: Sequence[Chain]) -> list[StageRecord]:
+    """Of each model the stage that distinguishes it: its base, or its last stage."""
     bases = [chain[0] for chain in chains]
     differ = len({stage.folder for stage in bases}) == len(chains)
     return bases if differ else [chain[-1] for chain in chains]
 
 
 def _names(chains: Sequence[Chain]) -> list[str]:
-    return [stage.name for stage in _telling(chains)]
-
-
-def _subtitle(chains: Sequence[Chain]) -> str:
-    if len(chains) > 1:
-        return "Runs beside one another."
-    return "From " + " to ".join(dict.fromkeys(stage.title for stage in chains[0])) + "."
+    return [stage.name for stage in _distinctive(chains)]
 
 
 def _one(chain: Chain, cost: Totals) -> Iterator[Section]:
@@ -127,12 +120,12 @@ def _one(chain: Chain, cost: Totals) -> Iterator[Section]:
     yield Section("Curves", _plots([chain]))
     yield Section("Stages", [_stage_table(chain)])
     yield Section("In its own words", _samples(chain))
-    yield Section("CORE, task by task", _core_tables(chain), folded=True)
+    yield Section("CORE, task by task", list(_core_tables(chain)), folded=True)
     yield Section("What the stages recorded", list(_recorded(chain)), folded=True)
-    yield Section("Cost", [_cost_table(cost)])
+    yield Section("Cost", [Table(["Total", ""], _cost_lines(cost))])
     yield Section("Code and machine", [_facts_table(chain)])
-    yield Section("Data", _data(chain), folded=True)
-    yield Section("Configuration", _configurations(chain), folded=True)
+    yield Section("Data", list(_data(chain)), folded=True)
+    yield Section("Configuration", list(_configurations(chain)), folded=True)
 
 
 def _several(chains: Sequence[Chain], costs: Sequence[Totals]) -> Iterator[Section]:
@@ -167,17 +160,17 @@ def _cards(chain: Chain, cost: Totals) -> Iterator[tuple[str, str, str]]:
     if cost.usd is not None:
         yield "Price", f"${cost.usd:,.2f}", "of these devices for that time"
     if cost.kwh is not None:
-        yield "Energy", f"{cost.kwh:.2f} kWh", "as the GPUs tell"
+        yield "Energy", f"{cost.kwh:.2f} kWh", "as the GPUs measure"
 
 
 def _summary_table(chain: Chain) -> Table:
     heads, rows = summary(chain)
-    return Table(["Metric", *heads], [[Cell(name), *map(_score, row)] for name, row in rows])
+    return Table(["Metric", *heads], [[name, *map(_score, row)] for name, row in rows])
 
 
-def _score(score: MetricValue | None, best: bool = False) -> Cell:
+def _score(score: MetricValue | None, best: bool = False) -> str | Cell:
     if score is None:
-        return Cell(NOTHING)
+        return NOTHING
     note = f"{score.interval[0]:.3f} to {score.interval[1]:.3f}" if score.interval else ""
     return Cell(f"{score.value:.4f}", note, best)
 
@@ -200,52 +193,44 @@ def _comparison(chains: Sequence[Chain]) -> Table:
     return Table(["Metric", *_names(chains)], table)
 
 
-def _ranked(name: str, row: Sequence[MetricValue | None]) -> list[Cell]:
+def _ranked(name: str, row: Sequence[MetricValue | None]) -> list[str | Cell]:
     values = [score.value for score in row if score]
     best = min(values) if name in (BPB, TALK_BPB) else max(values)
     differ = len(set(values)) > 1
     return [_score(score, differ and score is not None and score.value == best) for score in row]
 
 
-def _core_tables(chain: Chain) -> list[Block]:
-    tables: list[Block] = []
+def _core_tables(chain: Chain) -> Iterator[Block]:
     for stage in chain:
-        tasks = stage.find("core_tasks")
-        if tasks:
-            rows = [
-                [Cell(name), _task(task), Cell(f"{task['centred']:.4f}")]
-                for name, task in tasks.items()
-            ]
-            tables.append(Table([f"Task ({stage.title})", "Accuracy", "Centred"], rows))
-    return tables
-
-
-def _task(task: dict[str, Any]) -> Cell:
-    interval = task.get("accuracy_interval")
-    return _score(MetricValue(task["accuracy"], tuple(interval) if interval else None))
+        rows = [
+            [name, _score(metric(task, "accuracy")), f"{task['centred']:.4f}"]
+            for name, task in (stage.find("core_tasks") or {}).items()
+        ]
+        if rows:
+            yield Table([f"Task ({stage.title})", "Accuracy", "Centred"], rows)
 
 
 def _plots(chains: Sequence[Chain]) -> list[Block]:
-    drawn = plots(chains)
-    return [Plots(drawn)] if drawn else []
+    found = plots(chains)
+    return [Plots(found)] if found else []
 
 
 # --- how it went ----------------------------------------------------------------------------------
 
 
 def _stage_table(chain: Chain) -> Table:
-    rows = []
+    rows: list[list[str | Cell]] = []
     for stage in chain:
         speed = stage.series("train", "tokens_per_s")[1][1:]
         mfu = stage.series("train", "mfu")[1][1:]
         rows.append(
             [
                 Cell(stage.title, stage.name),
-                Cell(f"{stage.meta.get('step', len(stage.series('train', 'loss')[0])):,}"),
-                Cell(big(stage.meta.get("plan", {}).get("total_tokens"))),
-                Cell(duration(stage.seconds)),
-                Cell(big(sum(speed) / len(speed)) if speed else NOTHING),
-                Cell(f"{100 * sum(mfu) / len(mfu):.1f} %" if mfu else NOTHING),
+                f"{stage.meta.get('step', len(stage.series('train', 'loss')[0])):,}",
+                big(stage.meta.get("plan", {}).get("total_tokens")),
+                duration(stage.seconds),
+                big(sum(speed) / len(speed)) if speed else NOTHING,
+                f"{100 * sum(mfu) / len(mfu):.1f} %" if mfu else NOTHING,
             ]
         )
     return Table(["Stage", "Steps", "Tokens", "Time", "Tokens/s", "MFU"], rows)
@@ -278,9 +263,12 @@ def _transcripts(folder: Path) -> list[dict[str, Any]]:
 def _recorded(chain: Chain) -> Iterator[Block]:
     for stage in chain:
         for name, values in stage.sections.items():
-            plain = {k: v for k, v in values.items() if isinstance(v, int | float | str | bool)}
-            if plain:
-                rows = [[Cell(key), Cell(plainly(value))] for key, value in plain.items()]
+            rows = [
+                (key, plainly(value))
+                for key, value in values.items()
+                if isinstance(value, int | float | str)
+            ]
+            if rows:
                 yield Table([f"{name} ({stage.title})", ""], rows)
 
 
@@ -298,28 +286,23 @@ def _cost_lines(cost: Totals) -> list[tuple[str, str]]:
     ]
 
 
-def _cost_table(cost: Totals) -> Table:
-    return Table(["Total", ""], [[Cell(name), Cell(value)] for name, value in _cost_lines(cost)])
-
-
 def _costs(chains: Sequence[Chain], costs: Sequence[Totals]) -> Table:
-    lines = [_cost_lines(cost) for cost in costs]
-    rows = [
-        [Cell(column[0][0]), *(Cell(value) for _, value in column)]
-        for column in zip(*lines, strict=True)
-    ]
     sizes = [chain[0].meta.get("plan", {}).get("params", {}).get("total") for chain in chains]
     commits = [chain[0].meta.get("provenance", {}).get("commit") or NOTHING for chain in chains]
-    rows.insert(0, [Cell("Parameters"), *(Cell(big(size)) for size in sizes)])
-    rows.append([Cell("Commit"), *(Cell(commit[:12]) for commit in commits)])
+    columns = [dict(_cost_lines(cost)) for cost in costs]
+    rows = [
+        ["Parameters", *map(big, sizes)],
+        *([name, *(column[name] for column in columns)] for name in columns[0]),
+        ["Commit", *(commit[:12] for commit in commits)],
+    ]
     return Table(["", *_names(chains)], rows)
 
 
 def _differences(chains: Sequence[Chain]) -> list[Block]:
-    settings = [stage.meta.get("config", {}) for stage in _telling(chains)]
+    settings = [stage.meta.get("config", {}) for stage in _distinctive(chains)]
     keys = dict.fromkeys(key for config in settings for key in config)
     rows = [
-        [Cell(key), *(Cell(plainly(config.get(key))) for config in settings)]
+        [key, *(plainly(config.get(key)) for config in settings)]
         for key in keys
         if key not in ("resume", "overwrite")
         and len({json.dumps(config.get(key)) for config in settings}) > 1
@@ -331,17 +314,13 @@ def _differences(chains: Sequence[Chain]) -> list[Block]:
 
 
 def _facts_table(chain: Chain) -> Table:
-    size, packages, here = (
-        facts.code_size(),
-        facts.dependencies(),
-        facts.machine(),
-    )
+    size, packages, here = facts.code_size(), facts.dependencies(), facts.machine()
     made_by = chain[0].meta.get("provenance", {})
     versions = made_by.get("packages", {})
     lines = {
         "Code": f"{size['files']} files, {size['lines']:,} lines, {big(size['characters'])} "
         f"characters, about {big(size['tokens'])} tokens (tests not counted)",
-        "Dependencies": f"{packages['direct']} direct, {packages['locked']} with all they need"
+        "Dependencies": f"{packages['direct']} direct, {packages['locked']} in all"
         if {"direct", "locked"} <= packages.keys()
         else NOTHING,
         "Commit": made_by.get("commit") or NOTHING,
@@ -351,30 +330,25 @@ def _facts_table(chain: Chain) -> Table:
         "This machine": f"{here['processor']}, {here['cores']} cores, {here['memory']}, "
         f"{here['system']}, Python {here['python']}",
     }
-    rows = [[Cell(name), Cell(value)] for name, value in lines.items()]
-    return Table(["", ""], rows, numbers=False)
+    return Table(["", ""], list(lines.items()), numbers=False)
 
 
-def _data(chain: Chain) -> list[Block]:
+def _data(chain: Chain) -> Iterator[Block]:
     """What decides which data a stage saw, as its checkpoints have it."""
-    found: list[Block] = []
     for stage in chain:
         identity = stage.meta.get("identity", {})
         shown = {key: identity[key] for key in ("data", "task", "tokenizer") if key in identity}
         if shown:
             name = f"{stage.title}: {stage.meta.get('config', {}).get('dataset', stage.name)}"
-            found.append(SourceText(name, json.dumps(shown, indent=1, ensure_ascii=False)))
-    return found
+            yield SourceText(name, json.dumps(shown, indent=1, ensure_ascii=False))
 
 
-def _configurations(chain: Chain) -> list[Block]:
-    found: list[Block] = []
+def _configurations(chain: Chain) -> Iterator[Block]:
     for stage in chain:
-        path = stage.folder / "config.toml"
+        path = stage.folder / CONFIG_FILE
         if path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace").strip()
-            found.append(SourceText(f"{stage.title}: {stage.name}", text))
-    return found
+            yield SourceText(f"{stage.title}: {stage.name}", text)
 
 
 # --- numbers as texts -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a report says besides measurements: the size of the code, what it stands on, the machine."""
+"""What a report says besides measurements: the size of the code, its dependencies, the machine."""
 
 import os
 import platform
@@ -30,34 +30,22 @@ def code_size(root: Path = ROOT) -> dict[str, int]:
 
 def _files(root: Path) -> Iterator[Path]:
     """The files that git knows, or, without git, those that look like source."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        ).stdout.split("\0")
-        paths = [root / name for name in listed if name]
+            command, cwd=root, capture_output=True, text=True, timeout=20, check=True
+        )
+        paths = [root / name for name in listed.stdout.split("\0") if name]
     except (OSError, subprocess.SubprocessError):
-        paths = [
-            Path(folder, name)
-            for folder, below, names in os.walk(root)
-            if not _prune(below)
-            for name in names
-        ]
+        paths = []
+        for folder, below, names in os.walk(root):
+            below[:] = [n for n in below if n not in NOT_CODE and not n.startswith(".")]
+            paths += [Path(folder, name) for name in names]
     return (path for path in sorted(paths) if path.suffix in CODE and path.is_file())
 
 
-def _prune(folders: list[str]) -> bool:
-    """Takes out, in place, the folders that os.walk should not enter; False."""
-    folders[:] = [name for name in folders if name not in NOT_CODE and not name.startswith(".")]
-    return False
-
-
 def dependencies(root: Path = ROOT) -> dict[str, int]:
-    """Packages that are asked for, and all that come with them; empty outside a source tree."""
+    """Numbers of direct dependencies and of all locked packages; empty outside a source tree."""
     found = {}
     project, lock = root / "pyproject.toml", root / "requirements" / "cpu.lock"
     if project.is_file():
@@ -72,19 +60,15 @@ def dependencies(root: Path = ROOT) -> dict[str, int]:
 def machine() -> dict[str, Any]:
     """The machine that writes the report."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        cpuinfo = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory": f"{memory:.0f} GiB",
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -65,7 +65,8 @@ def _markdown(block: Block) -> str:
             return ""
 
 
-def _markdown_cell(cell: Cell) -> str:
+def _markdown_cell(content: str | Cell) -> str:
+    cell = Cell(content) if isinstance(content, str) else content
     text = f"**{cell.text}**" if cell.best else cell.text
     text = f"{text} ({cell.note})" if cell.note else text
     return text.replace("|", "\\|").replace("\n", " ")
@@ -157,12 +158,13 @@ def _html_table(table: Table) -> str:
     return f'<div class="wide"><table class="{kind}">{head}<tbody>{rows}</tbody></table></div>'
 
 
-def _html_row(row: Sequence[Cell]) -> str:
+def _html_row(row: Sequence[str | Cell]) -> str:
     first, *others = row
     cells = f'<th scope="row">{_html_cell(first)}</th>'
     return f"<tr>{cells}{''.join(f'<td>{_html_cell(cell)}</td>' for cell in others)}</tr>"
 
 
-def _html_cell(cell: Cell) -> str:
+def _html_cell(content: str | Cell) -> str:
+    cell = Cell(content) if isinstance(content, str) else content
     text = f"<strong>{escape(cell.text)}</strong>" if cell.best else escape(cell.text)
     return f'{text} <span class="note">{escape(cell.note)}</span>' if cell.note else text
