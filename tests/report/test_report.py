@@ -401,5 +401,5 @@ def test_the_script_writes_both_and_speaks_to_people(tmp_path, monkeypatch):
     script("d20", "d21")
     assert (tmp_path / "reports" / "d20-d21.md").is_file()
     assert (tmp_path / "reports" / "d20-d21.html").is_file()
-    with pytest.raises(SystemExit, match="^error: there is no run in"):
+    with pytest.raises(SystemExit, match=r"^error: there is no run in"):
         script("nothing")
