@@ -40,7 +40,6 @@ from nanochat_jax.stages.mixtures import (
     choose_tasks,
     describe_pass,
     mixture,
-    put_validation,
     validation_batches,
 )
 from nanochat_jax.stages.settings import FinetuneConfig
@@ -318,7 +317,7 @@ class FinetuneStage(Stage):
         return validation_batches(source, self.tokenizer.bos_id, rows=rows, n_tokens=n_tokens)
 
     def put_validation(self, rows: PackedRows, accumulation: int, mesh: Mesh) -> Batch:
-        return put_validation(rows, accumulation, mesh)
+        return Batch(*put_arrays((rows.inputs_RT, rows.targets_RT), accumulation, mesh))
 
     def totals(self) -> dict[str, int | float]:
         """What all steps together have learned from, and left out."""

@@ -1,8 +1,8 @@
-"""What mid-training and fine-tuning read: tasks by a line of text, mixed, rendered, looked at.
+"""The data of mid-training and fine-tuning: a mixture of tasks, written as a line of text.
 
     smoltalk,mmlu-aux*3,gsm8k*4,spellingbee[2000]
 
-names tasks of tasks/registry.py; NAME*N is seen N times a pass, NAME[N] is its first N examples.
+names tasks of tasks/registry.py; NAME*N is seen N times an epoch, NAME[N] is its first N examples.
 """
 
 import re
@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from nanochat_jax.data.conversations import (
     PackedRows,
@@ -27,7 +26,6 @@ from nanochat_jax.distributed import say
 from nanochat_jax.tasks.mixture import Mixture, Slice
 from nanochat_jax.tasks.registry import make_task, missing, prepare, source_of
 from nanochat_jax.tasks.task import Task
-from nanochat_jax.train import Batch, put_arrays
 
 # (stage, recipe) -> training and validation tasks of the original.
 _VAL = "smoltalk,mmlu[5200],gsm8k[420]"
@@ -41,15 +39,16 @@ EMBEDDED_TASKS = (
     "arithmetic[18000],dialogue[6000],counting[6000],spelling-local[6000],choice[4000],"
     "identity-local[2000]"
 )
-TEST_TASKS = {"mmlu-aux": "mmlu"}  # the task that has a test part, where it is another
-VAL_EVERY = 20  # one example in so many
-VAL_SAMPLE = 512  # validation conversations that tell how many rows all of them make
+TEST_TASKS = {"mmlu-aux": "mmlu"}  # what a task without a test split is measured on
+VAL_EVERY = 20  # of other tasks without one, one example in so many is for validation
+
+VAL_SAMPLE = 512  # validation conversations from which their number of rows is estimated
 
 _TASK = re.compile(r"(?P<name>[^\[\]*]+)(\[(?P<limit>[1-9]\d*)\])?(\*(?P<times>[1-9]\d*))?")
 
 
-class Listed(NamedTuple):
-    """A task as it was named."""
+class TaskSpec(NamedTuple):
+    """A task with the part of it that is wanted."""
 
     name: str
     limit: int | None = None
@@ -61,13 +60,13 @@ class Listed(NamedTuple):
 
 
 class TaskNames(NamedTuple):
-    """What is trained and measured on."""
+    """The tasks of training and of validation, as lines of text."""
 
     train: str
     val: str
 
 
-def parse_tasks(text: str) -> list[Listed]:
+def parse_tasks(text: str) -> list[TaskSpec]:
     """The tasks of a line of text; ValueError shows how they are named."""
     found = []
     for word in text.split(","):
@@ -78,14 +77,14 @@ def parse_tasks(text: str) -> list[Listed]:
                 "smoltalk,mmlu-aux*3,gsm8k[1000]"
             )
         limit, times = (match[group] and int(match[group]) for group in ("limit", "times"))
-        found.append(Listed(match["name"].strip(), limit or None, times or 1))
+        found.append(TaskSpec(match["name"].strip(), limit or None, times or 1))
     return found
 
 
 def choose_tasks(stage: str, recipe: str, tasks: str, val_tasks: str) -> TaskNames:
-    """The tasks asked for, or the recipe's where their data is there, or the embedded ones.
+    """The tasks that the user names, or the recipe's if their data is there, or the embedded ones.
 
-    The data of those asked for is fetched. ValueError where that is not possible.
+    The data of those that the user names is downloaded. ValueError where that is not possible.
     """
     if tasks:
         chosen = TaskNames(tasks, val_tasks or _same_tasks(tasks))
@@ -101,7 +100,7 @@ def choose_tasks(stage: str, recipe: str, tasks: str, val_tasks: str) -> TaskNam
 
 
 def _same_tasks(tasks: str) -> str:
-    """The tasks in equal parts, as they are measured on."""
+    """The tasks to validate on, in equal parts."""
     names = (TEST_TASKS.get(one.name, one.name) for one in parse_tasks(tasks))
     return ",".join(dict.fromkeys(names))
 
@@ -114,32 +113,34 @@ def _named(tasks: TaskNames) -> list[tuple[str, str]]:
 def mixture(tasks: str, split: Literal["train", "test"]) -> Mixture:
     """The tasks of a line of text, shuffled together once, with a fixed seed.
 
-    Of a task without a test part, as a file of conversations is, the last twentieth is kept for it,
-    and one conversation at least.
+    A task without a test split, as a file of conversations, keeps its last twentieth for it, and at
+    least one conversation.
     """
     made = [(_part(one, split), one.times) for one in parse_tasks(tasks)]
     return Mixture([task for task, times in made for _ in range(times)])
 
 
-def _part(one: Listed, split: str) -> Task:
+def _part(one: TaskSpec, split: str) -> Task:
     if _test_split(one.name) == "test":
         return make_task(one.name, split, limit=one.limit)
     whole = make_task(one.name, "train", limit=one.limit)
     kept = len(whole) - max(1, len(whole) // VAL_EVERY)
     if not kept:
-        raise ValueError(f"{one} has a single conversation; at least 2 are needed, one to measure")
+        raise ValueError(
+            f"{one} has a single conversation; at least 2 are needed, one of them for validation"
+        )
     return Slice(whole, 0, kept) if split == "train" else Slice(whole, kept)
 
 
 def _test_split(name: str) -> str:
     try:
         source_of(name, "test")
-    except ValueError:  # there is no such part; that there is no such task, the other split tells
+    except ValueError:  # no such split; no such task is an error with "train", too
         return "train"
     return "test"
 
 
-# --- what the model is measured on ----------------------------------------------------------------
+# --- validation and the log -----------------------------------------------------------------------
 
 
 def validation_batches(
@@ -147,44 +148,32 @@ def validation_batches(
 ) -> Iterator[PackedRows]:
     """This process's validation rows, in batches of `rows` over all processes.
 
-    About one pass, and `n_tokens` at most, but never less than one round of the streams; the same
+    About one epoch, and `n_tokens` at most, but never less than one round of the streams; the same
     rows on any number of devices, as long as nothing has to be rounded.
     """
-    length, streams = (
-        source.row_len - 1,
-        choose_streams(jax.process_count(), n_examples=len(source)),
-    )
+    streams = choose_streams(jax.process_count(), n_examples=len(source))
     round_rows = lcm(rows, streams)
-    one_pass = ceil(estimate_epoch(source, pad_id, VAL_SAMPLE).rows)
+    epoch_rows = ceil(estimate_epoch(source, pad_id, VAL_SAMPLE).rows)
+    wanted = min(n_tokens // (source.row_len - 1), epoch_rows)
     rounds = first_batches(
         source,
         pad_id,
-        max(1, min(n_tokens // length, one_pass) // round_rows),
+        max(1, wanted // round_rows),
         rows=round_rows,
         streams=streams,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return (part for whole in rounds for part in split_rows(whole, round_rows // rows))
-
-
-def split_rows(rows: PackedRows, parts: int) -> list[PackedRows]:
-    """Equal parts, in order."""
-    return [PackedRows(*arrays) for arrays in zip(*(np.split(a, parts) for a in rows), strict=True)]
-
-
-def put_validation(rows: PackedRows, accumulation: int, mesh: Mesh) -> Batch:
-    return Batch(*put_arrays((rows.inputs_RT, rows.targets_RT), accumulation, mesh))
-
-
-# --- what is said of it ---------------------------------------------------------------------------
+    for whole in rounds:
+        parts = (np.split(array, round_rows // rows) for array in whole)
+        yield from (PackedRows(*arrays) for arrays in zip(*parts, strict=True))
 
 
 def describe_pass(found: PackingStats, packing: Packing) -> str:
-    """One sentence on the conversations and what they amount to."""
+    """One sentence for the log: how many rows the conversations make, and what is lost."""
     sure = found.sampled >= found.conversations
     about = "" if sure else f" (estimated from the first {found.sampled:,})"
-    told = [
+    parts = [
         f"{found.conversations:,} conversations make {ceil(found.rows):,} rows, {packing}{about}",
         f"padding {100 * found.padding_share:.1f} %",
     ]
@@ -193,4 +182,4 @@ def describe_pass(found: PackingStats, packing: Packing) -> str:
         "cut after an answer": found.counts["cut"],
         "rows skipped, with nothing to learn": found.counts["skipped"],
     }
-    return ", ".join(told + [f"{n:,} {what}" for what, n in lost.items() if n])
+    return ", ".join(parts + [f"{n:,} {what}" for what, n in lost.items() if n])

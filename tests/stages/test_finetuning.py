@@ -17,7 +17,7 @@ from nanochat_jax.config import parse
 from nanochat_jax.data.conversations import first_batches
 from nanochat_jax.optim import lr_multiplier, muon_momentum
 from nanochat_jax.stages.finetuning import FinetuneStage, finetune, make_stage
-from nanochat_jax.stages.mixtures import Listed, mixture, parse_tasks
+from nanochat_jax.stages.mixtures import TaskSpec, mixture, parse_tasks
 from nanochat_jax.stages.pretraining import pretrain
 from nanochat_jax.stages.settings import FinetuneConfig, PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer
@@ -408,9 +408,9 @@ def test_presets_train_what_the_one_before_has_made(preset):
 
 def test_tasks_are_named_with_parts_and_repetitions(here, tmp_path):
     assert parse_tasks("smoltalk, mmlu-aux*3,gsm8k[10]*4") == [
-        Listed("smoltalk"), Listed("mmlu-aux", None, 3), Listed("gsm8k", 10, 4),
+        TaskSpec("smoltalk"), TaskSpec("mmlu-aux", None, 3), TaskSpec("gsm8k", 10, 4),
     ]  # fmt: skip
-    assert parse_tasks("json:/a/b.jsonl*2") == [Listed("json:/a/b.jsonl", None, 2)]
+    assert parse_tasks("json:/a/b.jsonl*2") == [TaskSpec("json:/a/b.jsonl", None, 2)]
     write_conversations(tmp_path / "c.jsonl", list(range(1, 41)))
     spec = f"json:{tmp_path / 'c.jsonl'}*2"
     texts = {
