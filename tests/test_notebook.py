@@ -1,4 +1,4 @@
-"""The notebook, executed as a person would, on a base and on a chat model that are trained here."""
+"""The notebook, executed as a person would, on a base model and on a chat model."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
-from script_runs import ROOT, make_base
+from script_runs import ROOT
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
 from nanochat_jax.evals.chat import chat_json, chat_table, evaluate_categorical, evaluate_generative
@@ -21,9 +21,6 @@ from nanochat_jax.evals.generation import make_sampler
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.runs import read_metrics
 from nanochat_jax.sharding import from_logical, make_mesh
-from nanochat_jax.stages.finetuning import finetune
-from nanochat_jax.stages.pretraining import pretrain
-from nanochat_jax.stages.settings import FinetuneConfig, PretrainConfig
 from nanochat_jax.tasks.registry import make_task
 
 NOTEBOOK = ROOT / "notebooks" / "evaluate_checkpoint.ipynb"
@@ -32,28 +29,11 @@ SMALL = {"TEXT": TEXT, "NEW_TOKENS": 4, "CORE_QUESTIONS": 5}
 SMALL |= {"CHAT_TASKS": ["choice", "arithmetic"], "CHAT_QUESTIONS": 5}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A base directory with a pretrained model, and one that was fine-tuned from it."""
-    folder = tmp_path_factory.mktemp("base")
-    make_base(folder)
-    shape = {"depth": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 256}
-    often = {"num_iterations": 4, "save_every": 2, "eval_every": 2, "eval_tokens": 2048}
-    how = {"device_batch_size": 4, "sample_every": 0, "n_devices": 1, **often}
-    data = {"dataset": "tiny", "tokenizer": "tiny", "total_batch_size": 1024}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        assert pretrain(PretrainConfig(run="base", **shape, **data, **how)) == 0
-        tasks = {"source": "base", "tasks": "arithmetic[60]"}
-        assert finetune("sft", FinetuneConfig(run="chat", **tasks, **how)) == 0
-    return folder
-
-
 @pytest.fixture
-def execute(base, monkeypatch, tmp_path_factory):
+def execute(tiny_base, monkeypatch, tmp_path_factory):
     """execute(RUN=…): what each cell printed, by its id; a warning is a failure."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tiny_base))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
@@ -101,13 +81,13 @@ def test_it_is_stored_without_outputs():
     assert notebook["metadata"].keys() == {"kernelspec", "language_info"}
 
 
-def test_a_base_model_beside_its_oldest_checkpoint(base, execute):
+def test_a_base_model_beside_its_oldest_checkpoint(tiny_base, execute):
     found = execute(RUN="base")
-    loaded = load_model(base / "runs" / "base")
+    loaded = load_model(tiny_base / "runs" / "base")
     params = loaded.meta["plan"]["params"]["total"]
-    assert found["card"].startswith(f"base: pretrain, step 4, {params:,} parameters\n")
+    assert found["card"].startswith(f"base: pretrain, step 6, {params:,} parameters\n")
     assert "image/png" in found["curves"]
-    val = [r["bpb"] for r in read_metrics(base / "runs" / "base") if r["kind"] == "val"]
+    val = [r["bpb"] for r in read_metrics(tiny_base / "runs" / "base") if r["kind"] == "val"]
     assert numbers(found["scores"], r"Validation bpb +([\d.]+)") == [
         pytest.approx(val[-1], abs=1e-4)
     ]
@@ -116,18 +96,18 @@ def test_a_base_model_beside_its_oldest_checkpoint(base, execute):
     assert numbers(found["bytes"], r"model: ([\d.]+) bits") == [pytest.approx(bits, abs=1e-4)]
     assert "CORE is left out" in found["core"]
     assert "has not learned to answer yet" in found["chat"]
-    older = bits_per_byte(load_model(base / "runs" / "base", 2), TEXT)
-    sides = numbers(found["two"], r"base, step [24] +([\d.]+) bits")
+    older = bits_per_byte(load_model(tiny_base / "runs" / "base", 3), TEXT)
+    sides = numbers(found["two"], r"base, step [36] +([\d.]+) bits")
     assert sides == pytest.approx([bits, older], abs=1e-4)
-    assert found["two-samples"].count("[base, step 2]") == found["samples"].count("---")
+    assert found["two-samples"].count("[base, step 3]") == found["samples"].count("---")
     assert len(found["two-tokens"].splitlines()) == 10
 
 
-def test_the_newest_run_a_chat_model_beside_what_it_was_made_from(base, execute, tmp_path):
+def test_the_newest_run_a_chat_model_beside_what_it_was_made_from(tiny_base, execute, tmp_path):
     write_bundle(tmp_path)
     found = execute(BUNDLE=str(tmp_path), SENTENCE="the of and")
-    loaded = load_model(base / "runs" / "chat")
-    assert found["card"].startswith("chat: sft, step 4, ")
+    loaded = load_model(tiny_base / "runs" / "chat")
+    assert found["card"].startswith("chat: sft, step 6, ")
     assert '"run": "base"' in found["card"]
     assert "Who are you?" in found["samples"]
     check_tokens(found["tokens"], loaded, "the of and")
@@ -135,8 +115,10 @@ def test_the_newest_run_a_chat_model_beside_what_it_was_made_from(base, execute,
     assert found["core"].strip() == core
     assert found["chat"].strip() == chat
     assert found["transcripts"].count("--- arithmetic") == 1
-    wanted = [bits_per_byte(load_model(base / "runs" / name), TEXT) for name in ("chat", "base")]
-    sides = numbers(found["two"], r"(?:chat|base), step 4 +([\d.]+) bits")
+    wanted = [
+        bits_per_byte(load_model(tiny_base / "runs" / name), TEXT) for name in ("chat", "base")
+    ]
+    sides = numbers(found["two"], r"(?:chat|base), step 6 +([\d.]+) bits")
     assert sides == pytest.approx(wanted, abs=1e-4)
     assert "Once upon a time" in found["two-samples"]
 

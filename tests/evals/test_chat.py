@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 from script_runs import Script
-from tiny_run import make_run
 
 from nanochat_jax.evals.chat import (
     CHAT_CORE,
@@ -104,22 +103,20 @@ def test_chatcore_is_the_mean_of_its_five_tasks_and_of_no_fewer():
 
 
 @pytest.fixture
-def base(tmp_path, monkeypatch, tokenizer, model_and_params):
-    """A base directory with a run of one checkpoint, and no data for tasks."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+def base(tiny_copy, monkeypatch):
+    """A base directory with runs, and no data for tasks."""
     monkeypatch.delenv("NANOCHAT_TASK_DATA", raising=False)
-    make_run(tmp_path, *model_and_params, tokenizer)
-    return tmp_path
+    return tiny_copy
 
 
 def test_the_script_measures_what_is_there_and_says_so(base, call):
-    flags = ["--run=tiny", "--max-new-tokens=4", "--slots=4", "--n-devices=1"]
+    flags = ["--run=chat", "--max-new-tokens=4", "--slots=4", "--n-devices=1"]
     output = call("eval_chat.py", *flags, "--max-problems=5")
     assert "left out, as their data is not there: arc-easy" in output
     assert "tasks that need no data: choice" in output
     found = json.loads(output.strip().splitlines()[-1])
-    assert found == json.loads((base / "runs" / "tiny" / "eval_chat.json").read_text())
-    assert found["step"] == 5
+    assert found == json.loads((base / "runs" / "chat" / "eval_chat.json").read_text())
+    assert found["step"] == 6
     assert set(found["chat_tasks"]) > {"choice", "arithmetic"}
     for task in found["chat_tasks"].values():
         low, high = task["accuracy_interval"]
@@ -128,7 +125,7 @@ def test_the_script_measures_what_is_there_and_says_so(base, call):
 
 
 def test_two_processes_measure_the_same(base, call):
-    settings = {"run": "tiny", "tasks": "choice,arithmetic", "max-problems": 7, "slots": 4}
+    settings = {"run": "chat", "tasks": "choice,arithmetic", "max-problems": 7, "slots": 4}
     settings |= {"max-new-tokens": 6, "n-samples": 2, "temperature": 1.0}
     alone = call("eval_chat.py", "--n-devices=1", *(f"--{n}={v}" for n, v in settings.items()))
     outputs = Script(base, "eval_chat.py", settings).run_cluster(2)
@@ -137,7 +134,7 @@ def test_two_processes_measure_the_same(base, call):
 
 
 def test_mistakes_are_told_before_anything_is_loaded(base, call):
-    assert "there is no task 'riddles'" in call("eval_chat.py", "--run=tiny", "--tasks=riddles")
-    assert "set --temperature" in call("eval_chat.py", "--run=tiny", "--n-samples=4")
-    assert "at least one sample" in call("eval_chat.py", "--run=tiny", "--n-samples=0")
+    assert "there is no task 'riddles'" in call("eval_chat.py", "--run=chat", "--tasks=riddles")
+    assert "set --temperature" in call("eval_chat.py", "--run=chat", "--n-samples=4")
+    assert "at least one sample" in call("eval_chat.py", "--run=chat", "--n-samples=0")
     assert "holds no checkpoints" in call("eval_chat.py", "--run=nobody", "--tasks=arithmetic")

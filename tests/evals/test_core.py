@@ -4,10 +4,8 @@ import base64
 import json
 import random
 
-import jax
 import numpy as np
 import pytest
-from tiny_run import make_run
 
 from nanochat_jax.evals.core import (
     PreparedQuestion,
@@ -30,7 +28,7 @@ from nanochat_jax.evals.core_tasks import (
 )
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.scoring_batches import SpanScore
-from nanochat_jax.gpt import GPT, GPTConfig, init_params
+from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.interop.names import params_from_torch
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
@@ -329,43 +327,39 @@ def test_what_is_no_bundle_is_refused(tmp_path):
 
 
 @pytest.fixture
-def run_with_bundle(tmp_path, monkeypatch):
-    """A base directory with a run and a bundle of one task."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    tokenizer = Tokenizer.train(["a b c"] * 3, vocab_size=265)
-    config = GPTConfig(sequence_len=64, vocab_size=265, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
-    params = init_params(GPT(config), jax.random.key(0))
-    write_bundle(tmp_path / "eval_bundle")
-    return make_run(tmp_path, GPT(config), params, tokenizer)
+def run_with_bundle(tiny_copy):
+    """A run in a base directory that has a bundle of one task."""
+    write_bundle(tiny_copy / "eval_bundle")
+    return tiny_copy / "runs" / "base"
 
 
 def test_eval_base_finds_the_bundle_in_the_base_directory(run_with_bundle, call):
-    output = call("eval_base.py", "--run=tiny", "--eval=core", "--n-devices=2")
+    output = call("eval_base.py", "--run=base", "--eval=core", "--n-devices=2")
     result = json.loads(output.strip().splitlines()[-1])
     path = run_with_bundle / "eval_base.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bpb": 1.5}))
     assert result["core_tasks"]["task"]["questions"] == 2
     assert result["core"] == pytest.approx(2 * result["core_tasks"]["task"]["accuracy"] - 1)
     assert (run_with_bundle / "eval_core.csv").read_text().splitlines()[-1].startswith("CORE")
-    call("eval_base.py", "--run=tiny", "--eval=core", "--max-per-task=1")
+    call("eval_base.py", "--run=base", "--eval=core", "--max-per-task=1")
     kept = json.loads(path.read_text())  # of the same checkpoint
     assert kept["bpb"] == 1.5
     assert kept["core_tasks"]["task"]["questions"] == 1
 
 
 def test_what_is_measured_is_kept_when_a_later_evaluation_fails(run_with_bundle, call):
-    call("eval_base.py", "--run=tiny", "--eval=core,bpb", "--dataset=nowhere")
+    call("eval_base.py", "--run=base", "--eval=core,bpb", "--dataset=nowhere")
     kept = json.loads((run_with_bundle / "eval_base.json").read_text())
     assert kept["core_tasks"]["task"]["questions"] == 2
 
 
 def test_without_a_bundle_one_sentence_says_what_to_do(run_with_bundle, call):
-    absent = call("eval_base.py", "--run=tiny", "--eval=core", "--bundle=/nowhere/at_all.zip")
+    absent = call("eval_base.py", "--run=base", "--eval=core", "--bundle=/nowhere/at_all.zip")
     assert "there is no CORE bundle at /nowhere/at_all.zip; fetch it with" in absent
-    assert "leaves no question" in call("eval_base.py", "--run=tiny", "--max-per-task=0")
+    assert "leaves no question" in call("eval_base.py", "--run=base", "--max-per-task=0")
 
 
 def test_the_benchmark_s_two_ways_agree(run_with_bundle, call):
-    result = json.loads(call("bench_core.py", "--run=tiny").strip().splitlines()[-1])
+    result = json.loads(call("bench_core.py", "--run=base").strip().splitlines()[-1])
     assert result["same_answers"] == result["questions"] == 2
     assert result["times"] > 0
