@@ -6,12 +6,14 @@ a base directory with a pretrained run and a fine-tuned one, made once a session
 reads a run; `tiny_copy` is a copy of it, for a test that writes.
 """
 
+import io
 import json
 import os
 import runpy
 import shutil
 import signal
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import jax
@@ -84,11 +86,12 @@ def run_here(patch: pytest.MonkeyPatch, script: str, *args: str) -> object:
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call("script.py", "--flag=1"): what it prints, or the sentence that it ends with."""
+    """call("script.py", "--flag=1"): what it prints, or the error that it ends with."""
 
     def run(script: str, *args: str) -> str:
         code = run_here(monkeypatch, script, *args)
-        return code if isinstance(code, str) else capsys.readouterr().out
+        out, err = capsys.readouterr()
+        return code if isinstance(code, str) else err if code else out
 
     return run
 
@@ -114,7 +117,11 @@ def tiny_base(tmp_path_factory) -> Path:
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     folder = shared / "tiny_base"
-    with FileLock(shared / "tiny_base.lock"), pytest.MonkeyPatch.context() as patch:
+    with (
+        FileLock(shared / "tiny_base.lock"),
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.StringIO()),  # else each failing test would show it
+    ):
         if not (folder / "runs" / "chat").is_dir():
             make_base(folder)
             patch.setenv("NANOCHAT_BASE_DIR", str(folder))

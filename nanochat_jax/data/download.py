@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-import huggingface_hub
 from filelock import FileLock, Timeout
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.file_download import http_get
 
 from nanochat_jax.data.shards import HUB_DATASETS, dataset_folder, read_footer, shard_name
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # in a notebook tqdm misses a widget that nothing here uses
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.file_download import http_get
 
 TIMEOUT = 20.0  # seconds to wait for a server's first answer
 # A cut connection loses the chunk that was being received: huggingface_hub's 10 MB are too many.
