@@ -6,8 +6,8 @@
 
 All flags but the sweep's own are those of pretrain.py, and go to every run. A run is an ordinary
 one, runs/NAME/…; finished ones are skipped, interrupted ones resumed, a failed one is reported and
-does not stop the others: repeat the command after any interruption. `--plan` says what it will cost
-and trains nothing. Tables, results.csv, results.json and the plots go to sweeps/NAME.
+does not stop the others: repeat the command after any interruption. `--plan` prints what it will
+cost and trains nothing. Tables, results.csv, results.json and the plots go to sweeps/NAME.
 """
 
 import json
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import tyro
@@ -52,7 +52,7 @@ from nanochat_jax.sweep.results import (
     table,
 )
 
-DEFAULTS = ("--sample-every=0",)  # flags given go before it
+DEFAULTS = ("--sample-every=0",)  # flags of the command line override it
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Isoflop:
     name: str = "isoflop"
     """Name of the sweep."""
     plan: bool = False
-    """Only say what the runs will be."""
+    """Only print what the runs will be."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Miniseries:
     name: str = "miniseries"
     """Name of the sweep."""
     plan: bool = False
-    """Only say what the runs will be."""
+    """Only print what the runs will be."""
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Whether b is better than a, and not by luck: both with the same seeds, a paired test."""
+    """Whether b differs from a by more than luck: both with the same seeds, a paired test."""
 
     seeds: str
     """Seeds, with commas between; six or more for p < 0.05 by permutations."""
@@ -94,15 +94,10 @@ class Seeds:
     name: str = "seeds"
     """Name of the sweep."""
     plan: bool = False
-    """Only say what the runs will be."""
+    """Only print what the runs will be."""
 
 
-type Sweep = Isoflop | Miniseries | Seeds
-Kinds = (
-    Annotated[Isoflop, tyro.conf.subcommand("isoflop")]
-    | Annotated[Miniseries, tyro.conf.subcommand("miniseries")]
-    | Annotated[Seeds, tyro.conf.subcommand("seeds")]
-)
+Sweep = Isoflop | Miniseries | Seeds
 
 
 def main() -> None:
@@ -118,14 +113,14 @@ def main() -> None:
         train_all(runs, failures, folder, stop)
     results = [result_of(run, failures.get(run.name)) for run in runs]
     summary = conclude(sweep, results, folder)
-    say(f"everything is kept in {folder}")
+    say(f"results are in {folder}")
     if stop.signal:
-        say(f"stopped by {stop.signal}; the same command goes on")
+        say(f"stopped by {stop.signal}; the same command resumes")
     say(json.dumps(summary, ensure_ascii=False))
     sys.exit(1 if failures else 0)
 
 
-# --- what is asked for ----------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def read_command_line(args: Sequence[str]) -> tuple[Sweep, list[str]]:
@@ -137,7 +132,7 @@ def read_command_line(args: Sequence[str]) -> tuple[Sweep, list[str]]:
         else:
             joined.append(arg)
     return tyro.cli(
-        Kinds,
+        Sweep,
         args=joined,
         description=__doc__,
         return_unknown_args=True,
@@ -146,7 +141,7 @@ def read_command_line(args: Sequence[str]) -> tuple[Sweep, list[str]]:
 
 
 def make_grid(sweep: Sweep, flags: Sequence[str]) -> list[Run]:
-    """All runs of a sweep; ValueError where they cannot be meant."""
+    """All runs of a sweep; ValueError for impossible ones."""
     if not re.fullmatch(r"\w[\w.-]*", sweep.name):
         raise ValueError(f"--name is one of letters, digits, dots and dashes, not {sweep.name!r}")
     folder = base_dir() / "runs" / sweep.name

@@ -1,8 +1,6 @@
-"""Experiments of many runs: which runs they are, what they will be, whether they are there already.
+"""The runs of a sweep: which they are, what they cost, which are done; trains them one by one.
 
-A sweep is a grid of ordinary pretraining runs, runs/<sweep>/<name>; scripts/sweep.py is its command
-line. grid.py trains them one after the other, results.py reads what became of them
-and what that means together, fits.py has the mathematics, plots.py the pictures.
+A sweep is a grid of ordinary pretraining runs, runs/<sweep>/<name>.
 """
 
 import math
@@ -27,12 +25,12 @@ from nanochat_jax.stages.pretraining import decide
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 
-# What may differ between a run and its repetition: it does not change what is compared.
+# May differ between a run and its repetition: these settings do not change what is compared.
 FREE = {
     *("run", "resume", "overwrite", "device_batch_size", "n_devices", "attention", "wandb"),
     *("sample_every", "sample_tokens", "save_every", "keep_last"),
 }
-DECIDED_BY_THE_RUN = {"dtype": "auto", "data_streams": None}  # and what it decides them for
+DECIDED_BY_THE_RUN = {"dtype": "auto", "data_streams": None}  # where they have these values
 
 
 @dataclass(frozen=True)
@@ -55,27 +53,20 @@ def isoflop_grid(
     base: PretrainConfig, budgets: Sequence[float], depths: Sequence[int], folder: Path
 ) -> list[Run]:
     """Every depth, trained until every budget of FLOPs is spent; the cheapest first."""
-    return [
-        _run(
-            f"{flops_name(flops)}-d{depth}",
-            {"budget": flops, "depth": depth},
-            replace(base, depth=depth, target_flops=flops, num_iterations=None),
-            folder,
-        )
-        for flops in sorted(budgets)
-        for depth in sorted(depths)
-    ]
+    runs = []
+    for flops in sorted(budgets):
+        for depth in sorted(depths):
+            config = replace(base, depth=depth, target_flops=flops, num_iterations=None)
+            place = {"budget": flops, "depth": depth}
+            runs.append(_run(f"{flops_name(flops)}-d{depth}", place, config, folder))
+    return runs
 
 
 def miniseries_grid(base: PretrainConfig, depths: Sequence[int], folder: Path) -> list[Run]:
     """Every depth, as long as its recipe's tokens per parameter say."""
+    base = replace(base, target_flops=None, num_iterations=None)
     return [
-        _run(
-            f"d{depth}",
-            {"depth": depth},
-            replace(base, depth=depth, target_flops=None, num_iterations=None),
-            folder,
-        )
+        _run(f"d{depth}", {"depth": depth}, replace(base, depth=depth), folder)
         for depth in sorted(depths)
     ]
 
@@ -84,16 +75,12 @@ def seeds_grid(
     a: PretrainConfig, b: PretrainConfig, seeds: Sequence[int], folder: Path
 ) -> list[Run]:
     """Two variants with every seed; the pairs one after the other."""
-    return [
-        _run(
-            f"{variant}-seed{seed}",
-            {"variant": variant, "seed": seed},
-            replace(config, seed=seed),
-            folder,
-        )
-        for seed in seeds
-        for variant, config in (("a", a), ("b", b))
-    ]
+    runs = []
+    for seed in seeds:
+        for variant, config in (("a", a), ("b", b)):
+            place = {"variant": variant, "seed": seed}
+            runs.append(_run(f"{variant}-seed{seed}", place, replace(config, seed=seed), folder))
+    return runs
 
 
 def _run(name: str, place: dict[str, Any], config: PretrainConfig, folder: Path) -> Run:
@@ -214,7 +201,7 @@ def finished(results: Iterable[RunResult]) -> list[RunResult]:
     return [result for result in results if result.values]
 
 
-# --- Trains the runs of a sweep, one after the other, each in its own process ---
+# --- training: one run after the other, each in its own process -----------------------------------
 
 STEP = re.compile(r"step (\d+)/(\d+) ")  # of the loop's progress lines
 
@@ -223,7 +210,7 @@ def train_all(
     runs: Sequence[Run], failures: dict[str, str], folder: Path, stop: StopRequest
 ) -> None:
     """Trains what is not finished; adds to `failures` why runs failed."""
-    finished = {run.name: is_finished(read_run(run)) for run in runs}  # says first what is amiss
+    finished = {run.name: is_finished(read_run(run)) for run in runs}  # first of all: it may raise
     for index, run in enumerate(runs):
         title = f"[{index + 1}/{len(runs)}] {run.name}"
         if run.name in failures or stop.signal:
@@ -240,14 +227,14 @@ def train_all(
 
 
 def train(run: Run, folder: Path, title: str, stop: StopRequest) -> str | None:
-    """Trains one run, or goes on training it, in its own process; returns why it failed, or None.
+    """Trains or resumes one run in its own process; returns why it failed, or None.
 
-    If this process is killed, the run ends too, at its next line: nobody reads it.
+    If this process is killed, the run ends too: the next line that it prints has no reader.
     """
     settings, log = folder / f"{run.name}.toml", folder / f"{run.name}.log"
     settings.write_text(to_toml(run.config), encoding="utf-8")
     command = [sys.executable, str(SCRIPTS / "pretrain.py"), "--config", str(settings), "--resume"]
-    last, told = "no output", False
+    last, terminated = "no output", False
     with (
         log.open("a", encoding="utf-8") as file,
         progress_bar(title) as bar,
@@ -266,9 +253,9 @@ def train(run: Run, folder: Path, title: str, stop: StopRequest) -> str | None:
             last = line.strip() or last
             if step := STEP.match(line):
                 bar(int(step[1]) + 1, int(step[2]))
-            if stop.signal and not told:
+            if stop.signal and not terminated:
                 child.terminate()  # it saves, and ends
-                told = True
+                terminated = True
     if child.returncode == 0 or stop.signal:  # asked to stop before it could listen: no failure
         return None
     return last.removeprefix("error: ") + f" (exit code {child.returncode}, {log})"

@@ -1,4 +1,4 @@
-"""What became of the runs of a sweep, and what they say together: numbers, tables, sentences."""
+"""What the runs of a sweep show together: numbers, tables, sentences."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def results_csv(results: Sequence[RunResult]) -> str:
     return text.getvalue()
 
 
-# --- what they say together -----------------------------------------------------------------------
+# --- what they show together ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,63 +44,41 @@ class IsoFlop:
     notes: list[str]  # why something is missing
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "minima": [
-                {
-                    "flops": flops,
-                    **{what: fit.best for what, fit in fits.items()},
-                    "bpb": min(fit.lowest for fit in fits.values()),
-                }
-                for flops, fits in self._by_budget().items()
-            ],
-            "laws": {name: asdict(law) for name, law in self.laws.items()},
-            "notes": self.notes,
-        }
-
-    def _by_budget(self) -> dict[float, dict[str, Parabola]]:
-        flops = sorted({flops for fits in self.minima.values() for flops in fits})
-        return {f: {w: fits[f] for w, fits in self.minima.items() if f in fits} for f in flops}
+        minima = []
+        for flops in sorted({flops for fits in self.minima.values() for flops in fits}):
+            fits = {what: fits[flops] for what, fits in self.minima.items() if flops in fits}
+            best = {what: fit.best for what, fit in fits.items()}
+            minima.append({"flops": flops, **best, "bpb": min(fit.lowest for fit in fits.values())})
+        laws = {name: asdict(law) for name, law in self.laws.items()}
+        return {"minima": minima, "laws": laws, "notes": self.notes}
 
 
 def fit_isoflop(results: Iterable[RunResult]) -> IsoFlop:
     """Parabolas for every budget and, from two of them on, power laws."""
     found = IsoFlop({}, {}, {}, [])
     done = finished(results)
-    found.notes.extend(_off_budget(done))
-    for what in ("params", "tokens"):
-        budgets = {flops: _budget(done, flops, what) for flops in _budgets(done)}
-        found.budgets[what], found.minima[what] = budgets, {}
-        for flops, budget in budgets.items():
-            try:
-                found.minima[what][flops] = fit_parabola(budget)
-            except ValueError as error:
-                found.notes.append(f"no best {what} for {flops_name(flops)} FLOPs: {error}")
-        if len(found.minima[what]) > 1:
-            law, losses = fit_optimum_laws([budgets[flops] for flops in found.minima[what]])
-            found.laws[what] = law
-            found.laws.setdefault("bpb", losses)
-    return found
-
-
-def _off_budget(results: Sequence[RunResult]) -> Iterator[str]:
-    """Runs of few steps cannot spend exactly what they should."""
-    for result in results:
+    for result in done:  # runs of few steps cannot spend exactly what they should
         spent = result.values["flops"] / result.place["budget"] - 1
         if abs(spent) > OFF_BUDGET:
-            yield (
+            found.notes.append(
                 f"{result.run} is {spent:+.0%} off its budget, having only "
                 f"{result.values['steps']} steps: a smaller total_batch_size comes closer"
             )
-
-
-def _budgets(results: Sequence[RunResult]) -> list[float]:
-    return sorted({result.place["budget"] for result in results})
-
-
-def _budget(results: Sequence[RunResult], flops: float, what: str) -> Budget:
-    values = [result.values for result in results if result.place["budget"] == flops]
-    of = sorted((value[what], value["bpb"]) for value in values)
-    return Budget(flops, [x for x, _ in of], [bpb for _, bpb in of])
+    for what in ("params", "tokens"):
+        budgets, minima = found.budgets.setdefault(what, {}), found.minima.setdefault(what, {})
+        for flops in sorted({result.place["budget"] for result in done}):
+            runs = [result.values for result in done if result.place["budget"] == flops]
+            points = sorted((run[what], run["bpb"]) for run in runs)
+            budgets[flops] = Budget(flops, [x for x, _ in points], [bpb for _, bpb in points])
+            try:
+                minima[flops] = fit_parabola(budgets[flops])
+            except ValueError as error:
+                found.notes.append(f"no best {what} for {flops_name(flops)} FLOPs: {error}")
+        if len(minima) > 1:
+            law, losses = fit_optimum_laws([budgets[flops] for flops in minima])
+            found.laws[what] = law
+            found.laws.setdefault("bpb", losses)
+    return found
 
 
 def fit_miniseries(results: Iterable[RunResult]) -> dict[str, Any]:
@@ -125,49 +103,41 @@ def compare_seeds(results: Iterable[RunResult]) -> dict[str, Any]:
     return {"seeds": seeds, "b_minus_a": asdict(test), "notes": []}
 
 
-# --- in words -------------------------------------------------------------------------------------
+# --- for people -----------------------------------------------------------------------------------
 
 
 def table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for every run."""
     formats = {"params": ",", "tokens": ",", "flops": ".3g", "bpb": ".6f", "seconds": ",.1f"}
     rows = [
-        [r.run, *(_cell(r.values.get(key), form) for key, form in formats.items()), r.status]
-        for r in results
+        [
+            result.run,
+            *(f"{result.values[k]:{f}}" if result.values else "–" for k, f in formats.items()),
+            result.status,
+        ]
+        for result in results
     ]
     return ["run", "scaling parameters", "tokens", "FLOPs", "bits per byte", "seconds", ""], rows
 
 
-def _cell(value: Any, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
-
-
-def sentences(found: dict[str, Any]) -> list[str]:
+def sentences(found: dict[str, Any]) -> Iterator[str]:
     """What the fits or the test found, line by line."""
-    lines = [_minimum_line(minimum) for minimum in found.get("minima", [])]
-    lines += [_law_line(name, law) for name, law in found.get("laws", {}).items()]
+    for minimum in found.get("minima", []):
+        best = [f"{minimum[what]:,.0f} {what}" for what in ("params", "tokens") if what in minimum]
+        bpb = f"{minimum['bpb']:.6f} bits per byte"
+        yield f"{flops_name(minimum['flops'])} FLOPs: best with {', '.join(best)}; {bpb}"
+    for name, law in found.get("laws", {}).items():
+        of = law["interval"]
+        within = (
+            f"[{of[0]:.3f}, {of[1]:.3f}]" if of else "(no interval: too few runs, or too noisy)"
+        )
+        yield f"{name} = {law['coefficient']:.4g} × FLOPs^{law['exponent']:.3f} {within}"
     if test := found.get("b_minus_a"):
-        lines += _test_lines(test)
-    return lines + [f"note: {note}" for note in found["notes"]]
-
-
-def _minimum_line(minimum: dict[str, float]) -> str:
-    best = [f"{minimum[what]:,.0f} {what}" for what in ("params", "tokens") if what in minimum]
-    bpb = f"{minimum['bpb']:.6f} bits per byte"
-    return f"{flops_name(minimum['flops'])} FLOPs: best with {', '.join(best)}; {bpb}"
-
-
-def _law_line(name: str, law: dict[str, Any]) -> str:
-    of = law["interval"]
-    within = f" [{of[0]:.3f}, {of[1]:.3f}]" if of else " (no interval: too few runs, or too noisy)"
-    return f"{name} = {law['coefficient']:.4g} × FLOPs^{law['exponent']:.3f}{within}"
-
-
-def _test_lines(test: dict[str, Any]) -> list[str]:
-    low, high = test["interval"]
-    return [
-        f"b − a: {test['mean']:+.6f} bits per byte [{low:+.6f}, {high:+.6f}], "
-        f"{test['pairs']} pairs",
-        f"p = {test['p_t']:.3g} (paired t), {test['p_permutation']:.3g} (permutations; with "
-        f"{test['pairs']} pairs it cannot be below {test['smallest_p']:.3g})",
-    ]
+        mean, pairs, (low, high) = test["mean"], test["pairs"], test["interval"]
+        yield f"b − a: {mean:+.6f} bits per byte [{low:+.6f}, {high:+.6f}], {pairs} pairs"
+        yield (
+            f"p = {test['p_t']:.3g} (paired t), {test['p_permutation']:.3g} (permutations; with "
+            f"{pairs} pairs it cannot be below {test['smallest_p']:.3g})"
+        )
+    for note in found["notes"]:
+        yield f"note: {note}"

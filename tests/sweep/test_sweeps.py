@@ -177,7 +177,7 @@ def test_no_difference_and_the_same_difference_everywhere():
 
 @given(st.lists(st.floats(-1, 1), min_size=17, max_size=40), st.floats(0, 2))
 @settings(max_examples=15, deadline=None)
-def test_many_seeds_are_drawn_and_order_does_not_matter(noise, shift):
+def test_many_seeds_are_sampled_and_order_does_not_matter(noise, shift):
     a, b = np.zeros(len(noise)), np.array(noise) + shift
     forward, backward = paired_test(a, b), paired_test(b, a)
     assert forward.p_permutation == backward.p_permutation
@@ -318,30 +318,40 @@ def folder(script: Script, name: str) -> Path:
     return script.base / "sweeps" / name
 
 
-ISOFLOP = ("isoflop", "--flops=3e9,1.5e10", "--depths=1,2", "--name=toy", *flags())
+def run_here(monkeypatch, capsys, script: Script, *command: str) -> tuple[int, str]:
+    """Exit code and output of sweep.py in this process; its runs have theirs."""
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *command])
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(script.base))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / "sweep.py"), run_name="__main__")
+    return end.value.code, capsys.readouterr().out
 
 
-def test_an_isoflop_sweep_is_stopped_goes_on_and_is_not_repeated(sweep):
-    third = sweep.folder("toy") / "1.5e10-d1"
+ISOFLOP = ("isoflop", "--flops=3e9,1.5e10", "--depths=1", "--name=toy", *flags())
+
+
+def test_an_isoflop_sweep_is_stopped_resumed_and_not_repeated(sweep, monkeypatch, capsys):
+    second = sweep.folder("toy") / "1.5e10-d1"
     process = sweep.start_plain(*ISOFLOP)
-    wait_for(lambda: n_train_records(third) >= 3, process)
+    wait_for(lambda: n_train_records(second) >= 3, process)
     process.terminate()
     output = finish(process, 0)
     assert "stopped by SIGTERM" in output
     summary = last_line(output)
-    assert (summary["finished"], summary["runs"], summary["failed"]) == (2, 4, {})
-    assert list((third / "checkpoints").iterdir())  # the run itself was told, and saved
+    assert (summary["finished"], summary["runs"], summary["failed"]) == (1, 2, {})
+    assert list((second / "checkpoints").iterdir())  # the run itself got the signal, and saved
 
-    output = finish(sweep.start_plain(*ISOFLOP), 0)
-    assert output.count("finished already") == 2
+    code, output = run_here(monkeypatch, capsys, sweep, *ISOFLOP)
+    assert code == 0
+    assert output.count("finished already") == 1
     assert "resuming at step" in (folder(sweep, "toy") / "1.5e10-d1.log").read_text()
     summary = last_line(output)
-    assert (summary["finished"], summary["failed"]) == (4, {})
-    assert "a parabola needs 3 sizes, here are 2" in summary["notes"][0]
+    assert (summary["finished"], summary["failed"]) == (2, {})
+    assert "a parabola needs 3 sizes, here are 1" in summary["notes"][0]
 
     results = json.loads((folder(sweep, "toy") / "results.json").read_text())
     rows = {row["run"]: row for row in results["runs"]}
-    assert list(rows) == ["3e9-d1", "3e9-d2", "1.5e10-d1", "1.5e10-d2"]
+    assert list(rows) == ["3e9-d1", "1.5e10-d1"]
     for row in rows.values():
         assert row["flops"] == pytest.approx(row["budget"], rel=0.05)
         (last,) = [r for r in sweep.trace(f"toy/{row['run']}") if r["kind"] == "val"][-1:]
@@ -353,21 +363,18 @@ def test_an_isoflop_sweep_is_stopped_goes_on_and_is_not_repeated(sweep):
         ElementTree.parse(folder(sweep, "toy") / f"{name}.svg")
 
     # Runs that are there are not taken for runs with other settings.
-    config = parse(PretrainConfig, "pretrain", ["--config", str(third / "config.toml")])
+    config = parse(PretrainConfig, "pretrain", ["--config", str(second / "config.toml")])
     assert is_finished(read_run(Run("same", {}, config)))
     assert is_finished(read_run(Run("same", {}, replace(config, dtype="auto", keep_last=9))))
     with pytest.raises(ValueError, match=r"matrix_lr was None, now 0.01"):
         read_run(Run("other", {}, replace(config, matrix_lr=0.01)))
 
 
-def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(sweep):
-    output = finish(
-        sweep.start_plain(
-            *("seeds", "--seeds", "7", "--a", "--attention cudnn", "--b", "--depth 1"),
-            *flags(depth=1, num_iterations=3),
-        ),
-        1,
-    )
+def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(sweep, monkeypatch, capsys):
+    variants = ("--a", "--attention cudnn", "--b", "--depth 1")
+    more = flags(depth=1, num_iterations=3)
+    code, output = run_here(monkeypatch, capsys, sweep, "seeds", "--seeds", "7", *variants, *more)
+    assert code == 1
     summary = last_line(output)
     assert summary["finished"] == 1
     assert set(summary["failed"]) == {"a-seed7"}
@@ -375,7 +382,7 @@ def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(sweep):
     assert "needs 2 seeds that finished in both, here are 0" in summary["notes"][0]
 
 
-def test_a_series_is_planned_and_what_lacks_is_said_before_anything_runs(
+def test_a_series_is_planned_and_mistakes_are_found_before_anything_runs(
     sweep, monkeypatch, capsys
 ):
     def run(*more):
