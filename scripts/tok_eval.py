@@ -4,24 +4,20 @@
     python scripts/tok_eval.py --name mine --dataset ~/my/shards
 
 Prints a table and writes it as tok_eval.md beside the tokenizer. The GPT tokenizers come from
-tiktoken's cache (TIKTOKEN_CACHE_DIR) or the network; where they do not, their columns say so.
+tiktoken's cache (TIKTOKEN_CACHE_DIR) or the network; columns of one that does not load say so.
 """
 
-import sys
 from dataclasses import dataclass
 
-from rich.console import Console
-
+from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.data.shards import list_shards
 from nanochat_jax.evals.compression import (
     compare,
     corpus_texts,
     gpt_encoders,
-    markdown_section,
-    report_cells,
+    report,
     sample_texts,
-    terminal_table,
 )
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 
@@ -38,30 +34,28 @@ class TokEvalConfig:
     """Seconds to wait for the GPT tokenizers where they have to be downloaded."""
 
 
-def main(config: TokEvalConfig) -> None:
+def main() -> None:
+    config = parse(TokEvalConfig, "tok_eval", description=__doc__)
     folder = tokenizer_folder(config.name)
     tokenizer = Tokenizer.load(folder)
     texts = sample_texts() | corpus_texts(list_shards(config.dataset))
     others = gpt_encoders(config.timeout)
-    rows = compare(texts, tokenizer.encode, others)
-    heads, lines = report_cells(rows, tokenizer)
-    made = tokenizer.provenance
     about = (
-        f"{tokenizer.vocab_size:,} tokens, {made.get('chars', 0):,} characters trained on; "
-        f"corpus text of {config.dataset}."
+        f"{tokenizer.vocab_size:,} tokens, trained on {tokenizer.provenance.get('chars', 0):,} "
+        f"characters; corpus text of {config.dataset}."
     )
-    Console().print(terminal_table(heads, lines))
-    report = folder / "tok_eval.md"
-    report.write_text(markdown_section(heads, lines, about), encoding="utf-8")
+    section = report(compare(texts, tokenizer.encode, others), tokenizer, about)
+    print(section)
+    path = folder / "tok_eval.md"
+    path.write_text(section, encoding="utf-8")
     missing = [name for name, encode in others.items() if encode is None]
     if missing:
-        print(f"not available: {', '.join(missing)}; tiktoken fetches them once, or finds them in")
+        print(
+            f"not available: {', '.join(missing)}; tiktoken downloads them once, or finds them in"
+        )
         print("the folder that TIKTOKEN_CACHE_DIR names")
-    print(f"written to {report}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(TokEvalConfig, "tok_eval", description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

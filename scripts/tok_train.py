@@ -8,14 +8,12 @@ Writes tokenizer/NAME below the base directory (a rank file and a description). 
 is never trained on. Get the data first, with scripts/download.py.
 """
 
-import sys
 import time
 from dataclasses import dataclass
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
+from nanochat_jax.cli import progress_bar, run_script
 from nanochat_jax.config import parse
-from nanochat_jax.data.shards import DocumentBlocks, Shards, list_shards
+from nanochat_jax.data.shards import DocumentBlocks, list_shards
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 
 
@@ -37,57 +35,20 @@ class TokTrainConfig:
     """Threads that count (one per core)."""
 
 
-class Bars:
-    """The two phases as progress bars; called by the trainer."""
-
-    def __init__(self) -> None:
-        self.shown = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-        )
-        tasks = {"count": "counting chunks", "merge": "merging pairs"}
-        self._tasks = {
-            stage: self.shown.add_task(words, total=None, start=False, figures="")
-            for stage, words in tasks.items()
-        }
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        task = self._tasks[stage]
-        if stage == "merge":  # the counting is over, wherever it ended
-            self.shown.update(self._tasks["count"], total=1, completed=1)
-        self.shown.start_task(task)
-        figures = f"{done / 1e6:,.0f} M chars" if stage == "count" else f"{done:,} merges"
-        self.shown.update(task, completed=done, total=total, figures=figures)
-
-
-def train(config: TokTrainConfig, shards: Shards) -> tuple[Tokenizer, float]:
-    bars = Bars()
+def main() -> None:
+    config = parse(TokTrainConfig, "tok_train", description=__doc__)
+    shards = list_shards(config.dataset)
     start = time.perf_counter()
-    with bars.shown:
+    with progress_bar("counting chunks, then merging pairs") as show:
         tokenizer = Tokenizer.train(
             parquet=shards.train,
             vocab_size=config.vocab_size,
             doc_cap=config.doc_cap,
             max_chars=config.max_chars,
             threads=config.threads,
-            progress=bars,
+            progress=lambda phase, done, total: show(done, total),
         )
-    return tokenizer, time.perf_counter() - start
-
-
-def chars_per_token(tokenizer: Tokenizer, shards: Shards) -> float:
-    """On the first block of validation text."""
-    documents = DocumentBlocks(shards.val)[0]
-    tokens = sum(map(len, tokenizer.encode_batch(documents)))
-    return sum(map(len, documents)) / max(tokens, 1)
-
-
-def main(config: TokTrainConfig) -> None:
-    shards = list_shards(config.dataset)
-    tokenizer, seconds = train(config, shards)
+    seconds = time.perf_counter() - start
     if tokenizer.vocab_size < config.vocab_size:
         raise ValueError(
             f"this text is enough for {tokenizer.vocab_size} tokens, not {config.vocab_size}; "
@@ -95,19 +56,16 @@ def main(config: TokTrainConfig) -> None:
         )
     folder = tokenizer_folder(config.name)
     tokenizer.save(folder)
+    documents = DocumentBlocks(shards.val)[0]
+    tokens = sum(map(len, tokenizer.encode_batch(documents)))
     made = tokenizer.provenance
     print(
         f"{folder}: {tokenizer.vocab_size:,} tokens from {made['chars']:,} characters "
         f"({made['documents']:,} documents, {made['distinct_chunks']:,} distinct chunks) "
-        f"in {seconds:.1f} s; {chars_per_token(tokenizer, shards):.2f} characters per token "
+        f"in {seconds:.1f} s; {sum(map(len, documents)) / max(tokens, 1):.2f} characters per token "
         "of validation text"
     )
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(TokTrainConfig, "tok_train", description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
+    run_script(main, "interrupted; nothing was written")

@@ -1,19 +1,17 @@
-"""How many bytes of text a token holds, beside the tokenizers of GPT-2 and GPT-4.
+"""Bytes of text per token, compared with the tokenizers of GPT-2 and GPT-4.
 
-More bytes a token means shorter rows for the same text. The sample texts in tokenizer_texts/ were
+More bytes per token make shorter rows of the same text. The sample texts in tokenizer_texts/ were
 written for this; training and validation text comes from a data set.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
 import tiktoken
-from rich.table import Table
 
 from nanochat_jax.data.shards import DocumentBlocks, Shards
 from nanochat_jax.tokenizer import Tokenizer
@@ -27,14 +25,14 @@ SAMPLES = {
 }
 GPT_ENCODINGS = {"GPT-2": ("gpt2", 50_257), "GPT-4": ("cl100k_base", 100_277)}
 CORPUS_CHARS = 1_000_000  # of training and of validation text
-TITLE = "Bytes per token, and our number of tokens beside the others'"
+TITLE = "Bytes per token, and our number of tokens compared with the others'"
 NOT_AVAILABLE = "not available"
 
 type Encode = Callable[[str], list[int]]
 
 
 class TokenCounts(NamedTuple):
-    """One text: its size, our tokens, and those of each other tokenizer that is there."""
+    """A text's size in bytes and its number of tokens, ours and by each available tokenizer."""
 
     name: str
     n_bytes: int
@@ -45,7 +43,7 @@ class TokenCounts(NamedTuple):
         return self.n_bytes / (self.tokens if other is None else self.others[other])
 
     def difference(self, other: str) -> float:
-        """Our tokens beside the other's, as a share of those: -0.1 is a tenth fewer."""
+        """By how much our tokens are more than the other's: -0.1 means a tenth fewer."""
         return self.tokens / self.others[other] - 1
 
 
@@ -77,11 +75,11 @@ def _beginning(paths: Sequence[Path], chars: int) -> str:
 
 
 def gpt_encoders(timeout_s: float = 10.0) -> dict[str, Encode | None]:
-    """GPT-2's and GPT-4's tokenizers by tiktoken: from its cache, else from the network.
+    """GPT-2's and GPT-4's tokenizers from tiktoken: its cache (TIKTOKEN_CACHE_DIR) or the network.
 
-    None for one that has not come within `timeout_s` seconds; TIKTOKEN_CACHE_DIR names the cache.
+    None for one that does not load within `timeout_s` seconds.
     """
-    loading = {name: _load_aside(encoding) for name, (encoding, _) in GPT_ENCODINGS.items()}
+    loading = {name: _load_in_thread(encoding) for name, (encoding, _) in GPT_ENCODINGS.items()}
     encoders: dict[str, Encode | None] = {}
     for name, future in loading.items():
         try:
@@ -92,8 +90,8 @@ def gpt_encoders(timeout_s: float = 10.0) -> dict[str, Encode | None]:
     return encoders
 
 
-def _load_aside(encoding: str) -> Future[tiktoken.Encoding]:
-    """Loads in a thread that nobody waits for at the end: a download may hang for minutes."""
+def _load_in_thread(encoding: str) -> Future[tiktoken.Encoding]:
+    """Loads in a daemon thread: a download may hang for minutes."""
     future: Future[tiktoken.Encoding] = Future()
 
     def load() -> None:
@@ -122,14 +120,12 @@ def compare(
     ]
 
 
-def report_cells(
-    rows: Sequence[TokenCounts], tokenizer: Tokenizer
-) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the report, the same for the terminal and for Markdown."""
+def report(rows: Sequence[TokenCounts], tokenizer: Tokenizer, about: str) -> str:
+    """A section of Markdown: `about`, then the table, its columns aligned for a terminal, too."""
     heads = ["text", "bytes", "tokens", f"ours ({tokenizer.vocab_size:,})"]
     for other, (_, vocab_size) in GPT_ENCODINGS.items():
         heads += [f"{other} ({vocab_size:,})", f"tokens vs {other}"]
-    lines = []
+    lines = [heads]
     for row in rows:
         line = [row.name, f"{row.n_bytes:,}", f"{row.tokens:,}", f"{row.bytes_per_token():.2f}"]
         for other in GPT_ENCODINGS:
@@ -138,20 +134,10 @@ def report_cells(
             else:
                 line += [NOT_AVAILABLE, ""]
         lines.append(line)
-    return heads, lines
-
-
-def terminal_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=TITLE)
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index else "left")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def markdown_section(heads: Sequence[str], lines: Sequence[Sequence[str]], about: str) -> str:
-    """A section of the report: `about`, then the table."""
-    rule = ["---", *("---:" for _ in islice(heads, 1, None))]
-    rows = [f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines)]
-    return "\n".join(["## Tokenizer", "", f"{about} {TITLE}.", "", *rows, ""])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    table = [
+        f"| {first.ljust(widths[0])} | {' | '.join(map(str.rjust, cells, widths[1:]))} |"
+        for first, *cells in (heads, rule, *lines[1:])
+    ]
+    return "\n".join(["## Tokenizer", "", f"{about} {TITLE}.", "", *table, ""])
