@@ -375,7 +375,7 @@ def _collect(samples: list[Sample], events: list[Event]) -> None:
 def make_scheduler(
     model: GPT, params: Params, tokenizer: Tokenizer, *, max_queue: int = 64, **engine: Any
 ) -> Scheduler:
-    """A scheduler with an engine of its own and the calculator.
+    """A scheduler with a new engine, and the calculator.
 
     `params` are whole, as `load_model` without a mesh returns them; `engine`: see `make_engine`.
     """

@@ -46,7 +46,7 @@ class ChatResult:
 
     @property
     def accuracies_Q(self) -> np.ndarray:
-        """Of each question the share of samples that are right: pass@1."""
+        """The share of right samples by question: pass@1."""
         return pass_at_k(self.correct_QN, 1)
 
     def as_json(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ QUESTIONS = (
 
 SAMPLING = SamplingParams(temperature=0.8, top_k=50, seed=42)
 MAX_SLOTS = 16  # prompts completed side by side
-CHUNK = 64  # nobody watches the tokens come
+CHUNK = 64  # tokens per call of the engine: nothing is streamed
 
 MIN_PROMPT = 16  # tokens of the context that answers must leave to the question
 MAX_PROMPT = 2048  # the original's limit, for a model whose context leaves less than that
@@ -96,8 +96,8 @@ def complete(
 def _prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     if not chat:
         return tokenizer.encode_batch(list(prompts), prepend_bos=True)
-    messages = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    return [tokenizer.render_prompt({"messages": asked}) for asked in messages]
+    chats = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    return [tokenizer.render_prompt({"messages": messages}) for messages in chats]
 
 
 # --- answers and rewards --------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def make_sampler(
     top_k: int = 50,
     **engine: Any,
 ) -> RolloutSampler:
-    """A sampler with an engine of its own. `params` are whole; `engine`: see `make_engine`.
+    """A sampler with a new engine. `params` are whole; `engine`: see `make_engine`.
 
     A prompt and its answer share the context that the model was trained on, as in reinforcement
     learning; only where that leaves no room for a question are the rows longer.
@@ -248,7 +248,7 @@ def is_right(rewards: np.ndarray) -> np.ndarray:
 
 
 def pass_at_k(right_QN: np.ndarray, k: int) -> np.ndarray:
-    """Of each question the probability that one of k samples is right, (Q,), from N ≥ k samples.
+    """The probability that one of k samples is right, (Q,) by question, from N ≥ k samples.
 
     Unbiased: 1 − C(N−c, k) / C(N, k) with c right ones (arXiv 2107.03374).
     """

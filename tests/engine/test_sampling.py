@@ -1,4 +1,4 @@
-"""The filters mean what they say, in their order, and every row draws for itself."""
+"""The filters mean what they say, in their order, and rows do not influence each other."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ sample_rows = jax.jit(sample_tokens)
 
 
 def shares(sampling: SamplingParams, seen=(), logits=None) -> np.ndarray:
-    """How often each token is drawn by many rows of different seeds."""
+    """The frequency of each token over many rows with different seeds."""
     logits = np.log(P) if logits is None else logits
     params = BatchedSamplingParams.empty(ROWS)
     for row in range(ROWS):
@@ -44,7 +44,7 @@ def shares(sampling: SamplingParams, seen=(), logits=None) -> np.ndarray:
         (SamplingParams(top_p=0.79), [0.625, 0.375, 0, 0]),  # 0.5 alone does not reach it
         (SamplingParams(top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
         (SamplingParams(top_p=0.0), [1, 0, 0, 0]),
-        (SamplingParams(min_p=0.31), [0.625, 0.375, 0, 0]),  # of the likeliest one's 0.5
+        (SamplingParams(min_p=0.31), [0.625, 0.375, 0, 0]),  # of the largest, 0.5
         (SamplingParams(top_k=3, top_p=0.8), [0.625, 0.375, 0, 0]),  # top_p of what top_k left
         (SamplingParams(temperature=0.0), [1, 0, 0, 0]),
         (SamplingParams(temperature=0.0, top_k=3, top_p=0.9), [1, 0, 0, 0]),
@@ -65,8 +65,8 @@ def test_the_repetition_penalty_is_for_tokens_seen_and_pushes_both_signs_down():
 
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_a_row_draws_the_same_whatever_its_neighbours_want(data):
-    """Also at the borders between few candidates, more, and all."""
+def test_a_row_samples_the_same_whatever_its_neighbours_do(data):
+    """Also where the number of candidates changes."""
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     logits = rng.normal(0, 1, (3, CANDIDATES[-1] + 44)).astype(np.float32)
     seen = np.zeros(logits.shape, bool)
@@ -87,16 +87,22 @@ def test_a_row_draws_the_same_whatever_its_neighbours_want(data):
     assert results[0] == results[1]
 
 
-def test_seed_sample_and_position_each_change_what_is_drawn():
-    def draws(seed=1, sample=0, start=0):
+def test_seed_sample_and_position_each_change_the_tokens():
+    def tokens(seed=1, sample=0, start=0):
         params = BatchedSamplingParams.empty(50)
         for row in range(50):
             params.put(row, SamplingParams(seed=seed), sample)
         logits = jnp.zeros((50, 1000))
         return np.asarray(sample_rows(logits, logits > 1, params, start + np.arange(50))).tolist()
 
-    assert draws() == draws()
-    different = [draws(), draws(seed=2), draws(seed=1 + 2**32), draws(sample=1), draws(start=50)]
+    assert tokens() == tokens()
+    different = [
+        tokens(),
+        tokens(seed=2),
+        tokens(seed=1 + 2**32),
+        tokens(sample=1),
+        tokens(start=50),
+    ]
     assert len({tuple(row) for row in different}) == len(different)
 
 

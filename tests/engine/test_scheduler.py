@@ -1,4 +1,4 @@
-"""Requests that share the engine: same tokens alone or among others, fair, cancellable, no leak."""
+"""Requests that share the engine: same tokens alone or among others, fair, cancellable."""
 
 import base64
 import threading
@@ -62,7 +62,7 @@ class Listener(list):
 def test_greedy_tokens_are_those_of_the_simple_generator(scheduler):
     model, params = MODEL
     prompts = [[5], list(range(1, 71)), [1, 2, 3], list(range(50, 90)), [7] * 17, [99, 98]]
-    wanted = generate(model, params, prompts, 30, key=jax.random.key(0), temperature=0.0)
+    wanted = generate(model, params, prompts, 30)
     got = scheduler.generate([Request(prompt, 30, GREEDY) for prompt in prompts])
     assert [samples[0].tokens for samples in got] == wanted
 
@@ -111,17 +111,17 @@ def test_the_rows_of_eight_devices_give_the_same_tokens(scheduler):
         assert tokens_of(ours) == tokens_of(one)
 
 
-def test_log_probabilities_and_alternatives_are_the_models(scheduler):
+def test_logprobs_and_top_logprobs_are_the_models(scheduler):
     model, params = MODEL
     listener = Listener()
     scheduler.submit(Request([1, 2, 3], 10, SamplingParams(seed=3), top_logprobs=4), listener)
     while scheduler.step():
         pass
-    drawn = [event for event in listener if isinstance(event, Token)]
-    row = [1, 2, 3, *(event.id for event in drawn)]
+    tokens = [event for event in listener if isinstance(event, Token)]
+    row = [1, 2, 3, *(event.id for event in tokens)]
     logits = jax.jit(model.apply)({"params": params}, np.array([row]))[0]
     expected = np.asarray(jax.nn.log_softmax(logits))[2:-1]
-    for event, logprobs in zip(drawn, expected, strict=True):
+    for event, logprobs in zip(tokens, expected, strict=True):
         assert event.logprob == pytest.approx(logprobs[event.id], abs=1e-4)
         ids, values = zip(*event.top_logprobs, strict=True)
         assert list(ids) == np.argsort(-logprobs)[:4].tolist()
@@ -172,9 +172,7 @@ def test_a_conversation_goes_on_from_the_row_it_left(scheduler):
     assert listener.finished()[0].cached_tokens == len(first) + len(answer)
     assert scheduler.stats().cached_prompt_tokens == len(first) + len(answer)
     model, params = MODEL
-    assert [listener.tokens()] == generate(
-        model, params, [second], 10, key=jax.random.key(0), temperature=0.0
-    )
+    assert [listener.tokens()] == generate(model, params, [second], 10)
 
 
 def test_an_edited_conversation_goes_on_from_what_is_common(scheduler):
@@ -217,7 +215,7 @@ def test_a_chunk_is_never_padded_to_more_than_twice_its_tokens(remaining):
 
 
 def test_a_long_prompt_does_not_hold_up_the_others():
-    """It is appended in parts, and rows that draw go on drawing between them."""
+    """It is appended in parts, and the other rows go on decoding between them."""
     long_model = random_model(sequence_len=1600)
     scheduler = Scheduler(make_engine(*long_model, n_slots=2, chunk=2))
     chatting, reading = Listener(), Listener()
@@ -246,16 +244,16 @@ def test_requests_are_admitted_in_order(scheduler):
 
 def test_cancelling_frees_the_row_within_one_chunk(scheduler):
     running, waiting = Listener(), Listener()
-    tickets = [scheduler.submit(Request([1], 100, GREEDY), running) for _ in range(4)]
+    states = [scheduler.submit(Request([1], 100, GREEDY), running) for _ in range(4)]
     queued = scheduler.submit(Request([2], 50, GREEDY), waiting)
     scheduler.step()
     assert (scheduler.stats().busy_slots, scheduler.stats().queued) == (4, 1)
-    scheduler.cancel(tickets[0])
+    scheduler.cancel(states[0])
     scheduler.step()
     assert [event.reason for event in running.finished()] == ["cancelled"]
     assert scheduler.stats().queued == 0  # the waiting one has taken the row
-    for ticket in [*tickets, queued]:
-        scheduler.cancel(ticket)
+    for state in [*states, queued]:
+        scheduler.cancel(state)
     scheduler.step()
     assert scheduler.stats().busy_slots == 0
     assert not scheduler.step()
@@ -265,9 +263,9 @@ def test_cancelling_frees_the_row_within_one_chunk(scheduler):
 def test_cancelling_while_waiting_and_while_reading_the_prompt(scheduler):
     long, queued = Listener(), Listener()
     blockers = [scheduler.submit(Request([i], 50, GREEDY), Listener()) for i in range(3)]
-    ticket = scheduler.submit(Request([5] * 100, 20, GREEDY, n=1), long)
+    state = scheduler.submit(Request([5] * 100, 20, GREEDY, n=1), long)
     other = scheduler.submit(Request([6], 20, GREEDY, n=4), queued)
-    for t in (other, ticket):
+    for t in (other, state):
         scheduler.cancel(t)
     scheduler.step()
     assert [e.reason for e in queued.finished()] == ["cancelled"] * 4
@@ -307,7 +305,7 @@ def test_requests_that_could_never_run_are_refused(scheduler, request_, message)
         scheduler.submit(request_, Listener())
 
 
-def test_a_thread_of_its_own_and_a_listener_that_fails(engine, caplog):
+def test_a_failing_listener_cancels_only_its_request(engine, caplog):
     engine.reset()
     scheduler, stop, done = Scheduler(engine), threading.Event(), threading.Event()
     thread = threading.Thread(target=scheduler.run, args=(stop,))
@@ -422,8 +420,8 @@ def test_the_tool_state_machine_of_the_original(golden):
             strict=True,
         ):
             assert samples[0].tokens == tokens[len(prompt) :], case["name"]
-            drawn = [int(not forced) for forced in samples[0].forced]
-            assert drawn == masks[len(prompt) :], case["name"]
+            sampled = [int(not forced) for forced in samples[0].forced]
+            assert sampled == masks[len(prompt) :], case["name"]
 
 
 @pytest.mark.parametrize("budget", range(4, 12))
@@ -440,7 +438,7 @@ def test_an_answer_ends_where_the_budget_ends(budget):
     assert sample.reason == ("length" if budget <= len(whole) else "stop")
 
 
-def test_a_row_that_waits_for_the_calculator_holds_up_nobody():
+def test_a_row_that_waits_for_the_calculator_delays_no_other():
     """Two rows, of which one calls the calculator again and again."""
     tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])
     tools = Tools(tokenizer)

@@ -1,4 +1,4 @@
-"""The calculator: the original's answers, where they are not its accidents; hostile expressions."""
+"""The calculator: the original's answers but for its bugs; hostile expressions."""
 
 import re
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from nanochat_jax.engine.tools import MAX_CHARS, ToolCall, Tools, calculate
 from nanochat_jax.tokenizer import Tokenizer
 
-# What recipe section 12 mends: tuples, commas that separate no thousands, chained string methods,
+# What recipe section 12 fixes: tuples, commas that separate no thousands, chained string methods,
 # words that the original refused (any string's letters may be counted), arithmetic on a count, %.
-MENDED = re.compile(r"\(\s*\)|(?<!\d),|\d{4},|,(?!\d{3}(?!\d))|['\"]|%")
+FIXED = re.compile(r"\(\s*\)|(?<!\d),|\d{4},|,(?!\d{3}(?!\d))|['\"]|%")
 SIMPLE_COUNT = re.compile(r"(['\"])([\w ]*)\1 ?\.count\((['\"])(\w*)\3\)")
 
 
@@ -23,7 +23,7 @@ def test_the_answers_of_the_original(golden):
         expression, got = case["expr"], calculate(case["expr"])
         if found := SIMPLE_COUNT.fullmatch(expression):
             assert got == found.group(2).count(found.group(4)), expression
-        elif not MENDED.search(expression):
+        elif not FIXED.search(expression):
             assert (got is None) == case["is_none"], expression
             assert got is None or str(got) == case["str"], expression
             compared += 1

@@ -111,24 +111,13 @@ def test_a_text_is_scored_whole_in_windows(loaded, harness):
     assert found == pytest.approx([total, 0.0], rel=1e-5)
 
 
-def test_generation_is_the_model_s_and_ends_at_a_stop_string(loaded, harness):
+def test_generation_is_greedy_and_ends_at_a_stop_string(loaded, harness):
     tokenizer = loaded.tokenizer
     prompts = ["the bread", "a house of", "one two"]
     end = tokenizer.special_id("<|assistant_end|>")
-    wanted = [
-        tokenizer.decode(
-            generate(
-                loaded.model,
-                loaded.params,
-                [[tokenizer.bos_id, *tokenizer.encode(prompt)]],
-                20,
-                key=jax.random.key(0),
-                temperature=0,
-                stop_ids=(tokenizer.bos_id, end),
-            )[0]
-        )
-        for prompt in prompts
-    ]
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    tokens = generate(loaded.model, loaded.params, ids, 20, stop_ids=(tokenizer.bos_id, end))
+    wanted = [tokenizer.decode(row) for row in tokens]
     settings = {"until": [], "max_gen_toks": 20, "do_sample": False, "temperature": 0.9}
     found = harness.generate_until(ask(*((prompt, settings) for prompt in prompts)))
     assert found == wanted

@@ -166,7 +166,7 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def drawn(small):
+def sampled(small):
     """Rows whose sampler's log-probabilities are the model's own."""
     model, params = small
     rows = policy.make_rows([rollout(PROMPT, answer) for answer in ANSWERS], pad_id=0)
@@ -197,7 +197,7 @@ def test_advantages_compare_the_samples_of_one_question():
     assert not scaled[1].any()
     assert not policy.advantages(
         np.ones((2, 1)), "std"
-    ).any()  # one sample has nobody to compare with
+    ).any()  # one sample has none to compare with
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_advantages_compare_the_samples_of_one_question():
 )
 def test_what_a_token_counts(objective, expected):
     np.testing.assert_allclose(policy.row_weights(LENGTHS, objective), expected, rtol=1e-6)
-    empty = policy.row_weights(LENGTHS * 0, objective)  # every sample ended at once
+    empty = policy.row_weights(LENGTHS * 0, objective)  # every sample is empty
     assert np.isfinite(empty).all()
 
 
@@ -227,27 +227,27 @@ def assert_same(ours: dict, theirs: dict, factor: float = 1.0):
         np.testing.assert_allclose(ours[name], factor * expected, atol=1e-6, err_msg=name)
 
 
-def test_a_ratio_of_one_has_the_plain_gradient(small, drawn):
+def test_a_ratio_of_one_has_the_plain_gradient(small, sampled):
     """The first of several updates from the same samples is the recipe's."""
-    plain = gradient_of(small, drawn, Objective())
+    plain = gradient_of(small, sampled, Objective())
     assert max(np.abs(g).max() for g in plain.values()) > 1e-3
-    assert_same(gradient_of(small, drawn, Objective(clip=0.2)), plain)
-    assert_same(gradient_of(small, drawn, Objective(), n_devices=2, size=2), plain)
+    assert_same(gradient_of(small, sampled, Objective(clip=0.2)), plain)
+    assert_same(gradient_of(small, sampled, Objective(), n_devices=2, size=2), plain)
 
 
-def test_clipping_ends_what_has_gone_far_enough(small, drawn):
-    """Samples drawn when they were half as likely: for the good ones no gain is left, the bad ones
-    are still pushed down; half again as likely: the other way round."""
+def test_clipping_ends_what_has_gone_far_enough(small, sampled):
+    """Of samples now twice as likely, good ones gain nothing more and bad ones are still pushed
+    down; of samples half as likely, the other way round."""
     objective = Objective(clip=0.2, clip_high=0.3)
     clipped = {}
-    for name, shift in (("rarer", -np.log(2)), ("likelier", np.log(2))):
-        moved = drawn._replace(logprobs_RT=drawn.logprobs_RT + np.float32(shift))
+    for name, shift in (("rarer", -np.log(2)), ("more likely", np.log(2))):
+        moved = sampled._replace(logprobs_RT=sampled.logprobs_RT + np.float32(shift))
         clipped[name] = gradient_of(small, moved, objective)
-    for kept, factor, name in ((-1, 2.0, "rarer"), (1, 0.5, "likelier")):
+    for kept, factor, name in ((-1, 2.0, "rarer"), (1, 0.5, "more likely")):
         advantage = policy.advantages(REWARDS).reshape(-1)
         left = np.where(advantage * kept > 0, 1, 0)
-        targets = np.where(left[:, None] > 0, drawn.targets_RT, -1)
-        batch = policy.make_batch(drawn, REWARDS, Objective(), 4)
+        targets = np.where(left[:, None] > 0, sampled.targets_RT, -1)
+        batch = policy.make_batch(sampled, REWARDS, Objective(), 4)
         model, params = small
         micro = jax.tree.map(lambda x: x[0], batch)._replace(targets_ABT=targets)
         loss = partial(
@@ -256,29 +256,29 @@ def test_clipping_ends_what_has_gone_far_enough(small, drawn):
         assert_same(clipped[name], jax.grad(loss)(params), factor)
 
 
-def test_the_divergence_pulls_towards_the_reference(small, drawn):
+def test_the_divergence_pulls_towards_the_reference(small, sampled):
     """At the reference itself it neither counts nor pulls; away from it, it does both."""
-    same = drawn.logprobs_RT
-    plain = gradient_of(small, drawn, Objective())
-    assert_same(gradient_of(small, drawn, Objective(kl=0.5), reference=same), plain)
+    same = sampled.logprobs_RT
+    plain = gradient_of(small, sampled, Objective())
+    assert_same(gradient_of(small, sampled, Objective(kl=0.5), reference=same), plain)
     there = {"reference": same + np.float32(0.5)}
-    pulled = step_of(*small, drawn, REWARDS * 0, Objective(kl=0.5), **there)
+    pulled = step_of(*small, sampled, REWARDS * 0, Objective(kl=0.5), **there)
     expected = 0.5 * (np.exp(0.5) - 0.5 - 1)  # every token alike, and their weights add up to one
     assert pulled[0] == pytest.approx(expected, rel=1e-4)
     assert max(np.abs(g).max() for g in pulled[1].values()) > 1e-3
 
 
-def test_comparing_tells_mismatch_and_divergence(drawn):
-    batch = policy.make_batch(drawn, REWARDS, Objective(), 4)
+def test_comparing_measures_mismatch_and_divergence(sampled):
+    batch = policy.make_batch(sampled, REWARDS, Objective(), 4)
     batch = batch._replace(reference_logprobs_ABT=batch.rollout_logprobs_ABT)
     moved = batch.rollout_logprobs_ABT.copy()
     assert policy.compare(moved, batch) == {"mismatch": 0, "max_mismatch": 0, "kl": 0}
     moved[0, 1, 2] += 0.3  # one of ten trained tokens
     moved[0, 0, -1] += 100  # padding
-    told = policy.compare(moved, batch)
-    assert told["mismatch"] == pytest.approx(0.03, rel=1e-4)
-    assert told["max_mismatch"] == pytest.approx(0.3, rel=1e-4)
-    assert told["kl"] == pytest.approx((np.exp(-0.3) + 0.3 - 1) / 10, rel=1e-3)
+    metrics = policy.compare(moved, batch)
+    assert metrics["mismatch"] == pytest.approx(0.03, rel=1e-4)
+    assert metrics["max_mismatch"] == pytest.approx(0.3, rel=1e-4)
+    assert metrics["kl"] == pytest.approx((np.exp(-0.3) + 0.3 - 1) / 10, rel=1e-3)
 
 
 @pytest.mark.parametrize(
