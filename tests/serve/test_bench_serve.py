@@ -1,10 +1,12 @@
 """bench_serve as a person starts it, with a server of its own."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import script_environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_serve.py"
@@ -30,14 +32,10 @@ def test_many_clients_of_whom_some_hang_up_leave_nothing_behind(run_folder):
     assert "rss_growth_mib" in result
 
 
-def test_a_server_that_cannot_start_is_one_sentence(run_folder):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--start", "--run=nothing"],
-        env=script_environment(run_folder),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "did not start" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_server_that_cannot_start_is_one_sentence(run_folder, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(run_folder.parent.parent))
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    bench = importlib.import_module("bench_serve")
+    config = bench.BenchServeConfig(start=True, run="nothing")
+    with pytest.raises(ValueError, match="did not start"), bench.server(config):
+        pass

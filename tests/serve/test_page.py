@@ -35,6 +35,8 @@ def test_a_conversation_streams_and_goes_on(chat):
     ask(chat, "Hello?")
     expect(answers(chat)).to_have_text([WHOLE])
     expect(chat.locator(".answer-text pre")).to_have_text("print(36)")
+    expect(chat.locator(".tool.call code")).to_have_text("12*3")
+    expect(chat.locator(".tool.result code")).to_have_text("36")
     expect(chat.locator("#announcer")).to_contain_text("Bye.")
     with chat.expect_request("**/v1/chat/completions") as sent:
         ask(chat, "And you?")
@@ -45,12 +47,6 @@ def test_a_conversation_streams_and_goes_on(chat):
     assert kinds == ["text", "python", "python_output", "text"]
     texts = [part["text"] for part in assistant["content"] if part["type"] == "text"]
     assert "".join(texts)[4:] == PAGE_TEXT
-
-
-def test_tool_calls_are_shown_apart(chat):
-    ask(chat, "What is 12 * 3?")
-    expect(chat.locator(".tool.call code")).to_have_text("12*3")
-    expect(chat.locator(".tool.result code")).to_have_text("36")
 
 
 def test_stop_keeps_what_came_and_frees_the_server(endless, slow_scheduler):
@@ -71,6 +67,8 @@ def test_stop_keeps_what_came_and_frees_the_server(endless, slow_scheduler):
 
 
 def test_escape_stops_and_typed_text_stays(endless):
+    expect(endless.locator("#model-stage")).to_have_text("base model")
+    expect(endless.locator(".notice")).to_contain_text("has not learned to chat")
     ask(endless, "go")
     expect(endless.locator(".answer-text")).to_contain_text("on and on")
     endless.keyboard.type("meanwhile")
@@ -100,11 +98,6 @@ def test_a_page_that_is_closed_keeps_what_came(endless):
     endless.reload()
     expect(answers(endless)).to_contain_text("on and on")
     expect(endless.locator(".remark")).to_have_text("Stopped.")
-
-
-def test_a_base_model_is_introduced(endless):
-    expect(endless.locator("#model-stage")).to_have_text("base model")
-    expect(endless.locator(".notice")).to_contain_text("has not learned to chat")
 
 
 def test_editing_replaces_a_message_and_what_follows(chat):

@@ -37,17 +37,10 @@ def test_without_a_key_there_is_only_the_page_and_the_health(serve, keys_file):
         for right in (KEY, "another"):
             headers = {"Authorization": f"Bearer {right}".encode()}
             assert http.get("/v1/models", headers=headers).status_code == 200
-
-
-def test_the_official_client_with_and_without_a_key(serve, keys_file):
-    with serve(api_keys_file=keys_file) as server:
-        for key, accepted in (("another", True), ("other", False)):
-            with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
-                if accepted:
-                    assert client.models.list().data
-                else:
-                    with pytest.raises(openai.AuthenticationError):
-                        client.models.list()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="another") as client:
+            assert client.models.list().data
+            with pytest.raises(openai.AuthenticationError):
+                client.with_options(api_key="other").models.list()
 
 
 def test_where_keys_come_from(tmp_path, keys_file, monkeypatch):
@@ -72,13 +65,9 @@ def test_the_log_tells_keys_apart_and_does_not_tell_them(serve, keys_file, capfd
         httpx.get(f"{server.url}/health?token=secret")
     out, err = capfd.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["key"] for line in lines] == [
-        lines[0]["key"],
-        lines[1]["key"],
-        lines[0]["key"],
-        None,
-    ]
-    assert lines[0]["key"] != lines[1]["key"]
+    first, second, third, without = (line["key"] for line in lines)
+    assert first == third != second
+    assert without is None
     for line in lines[:3]:
         assert (line["method"], line["path"]) == ("POST", "/v1/chat/completions")
         assert (line["status"], line["prompt_tokens"], line["completion_tokens"]) == (200, 9, 3)
@@ -128,12 +117,8 @@ def test_only_names_of_this_machine_reach_a_local_server(chat_server, serve):
 
     for host in ("localhost", f"LocalHost:{port}", "127.0.0.1", f"127.0.0.1:{port}", "[::1]:8000"):
         assert get(chat_server.url, host) == 200, host
-    for host in (
-        "evil.example",
-        f"evil.example:{port}",
-        "localhost.evil.example",
-        "127.0.0.1.evil",
-    ):
+    others = ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil")
+    for host in others:
         assert get(chat_server.url, host) == 403, host
     with serve(allowed_hosts=("chat.example",)) as server:
         assert get(server.url, "chat.example:443") == 200
@@ -148,12 +133,14 @@ def test_a_server_for_others_takes_any_name(serve):
         assert response.status_code == 200
 
 
-def test_what_is_local():
-    local = ("127.0.0.1", "localhost", "::1", "127.0.0.53")
-    assert [ServeConfig(host=host).is_local for host in local] == [True] * 4
-    assert [ServeConfig(host=h).is_local for h in ("0.0.0.0", "::", "10.0.0.1", "box")] == [
-        False
-    ] * 4
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.53"])
+def test_what_is_local(host):
+    assert ServeConfig(host=host).is_local
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "box"])
+def test_what_is_not_local(host):
+    assert not ServeConfig(host=host).is_local
 
 
 PREFLIGHT = {

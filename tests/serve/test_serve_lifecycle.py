@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import pytest
 import scripted
 from conftest import says, script_environment, wait_until
 
@@ -32,15 +31,14 @@ def events(response) -> list:
 # --- clients that leave ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_leaves_its_stream_frees_the_slots(chat_server, http, n):
+def test_a_client_that_leaves_its_stream_frees_the_slots(chat_server, http):
     wait_until(lambda: is_idle(chat_server))
     before = chat_server.stats().tokens_generated
-    with http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True, "n": n}) as stream:
+    with http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True, "n": 3}) as stream:
         next(stream.iter_lines())
-        assert chat_server.stats().busy_slots == n
+        assert chat_server.stats().busy_slots == 3
     wait_until(lambda: is_idle(chat_server))
-    assert chat_server.stats().tokens_generated - before < n * 4000
+    assert chat_server.stats().tokens_generated - before < 3 * 4000
 
 
 def test_a_client_that_does_not_wait_for_its_answer_frees_the_slot(chat_server):
@@ -223,7 +221,7 @@ def test_metrics(serve):
 
 
 def test_at_the_end_running_answers_are_finished_and_no_new_ones_begun(serve):
-    body = ENDLESS | {"stream": True, "max_tokens": 2500}
+    body = ENDLESS | {"stream": True, "max_tokens": 1000}
     with serve() as server, httpx.Client(base_url=server.url) as http:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
@@ -273,7 +271,7 @@ def test_the_script_serves_the_newest_run_and_ends_well(run_folder):
     url = next(line.split()[-1] for line in said if line.startswith("listening on http://"))
     assert any("scripted, step 7: a chat model" in line for line in said)
     with httpx.stream(
-        "POST", f"{url}/v1/completions", json=ENDLESS | {"stream": True, "max_tokens": 2000}
+        "POST", f"{url}/v1/completions", json=ENDLESS | {"stream": True, "max_tokens": 1000}
     ) as stream:
         lines = stream.iter_lines()
         next(lines)
@@ -284,4 +282,4 @@ def test_the_script_serves_the_newest_run_and_ends_well(run_folder):
     assert "shutting down" in out
     log = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert [(line["path"], line["status"]) for line in log] == [("/v1/completions", 200)]
-    assert log[0]["completion_tokens"] == 2000
+    assert log[0]["completion_tokens"] == 1000

@@ -7,21 +7,14 @@ from nanochat_jax.serve.server import bind, url_of
 from nanochat_jax.serve.settings import ServeConfig
 
 
-def test_settings_from_the_command_line():
-    config = parse(
-        ServeConfig, "serve", ["--cors-origins", "https://a.example", "https://b.example"]
-    )
-    assert config.cors_origins == ("https://a.example", "https://b.example")
-    assert config.host == "127.0.0.1"
-    assert (config.max_messages, config.max_message_chars, config.max_chars) == (500, 8000, 32_000)
-    assert (config.max_temperature, config.max_top_k, config.max_new_tokens) == (2, 200, 4096)
-
-
-def test_settings_from_a_preset(tmp_path):
+def test_settings_from_a_preset_and_the_command_line(tmp_path):
     preset = tmp_path / "mine.toml"
     preset.write_text('[serve]\nslots = 3\nallowed_hosts = ["chat.example"]\n')
-    config = parse(ServeConfig, "serve", ["--config", str(preset), "--port", "0"])
+    origins = ("https://a.example", "https://b.example")
+    args = ["--config", str(preset), "--port", "0", "--cors-origins", *origins]
+    config = parse(ServeConfig, "serve", args)
     assert (config.slots, config.port, config.allowed_hosts) == (3, 0, ("chat.example",))
+    assert config.cors_origins == origins
 
 
 @pytest.mark.parametrize(
