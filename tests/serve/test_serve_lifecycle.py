@@ -256,7 +256,7 @@ def test_answers_that_take_too_long_are_cut_short_at_the_end(serve):
 def test_the_script_serves_the_newest_run_and_ends_well(run_folder):
     """scripts/serve.py as people start it; SIGTERM in the middle of an answer."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "serve.py", "--port", "0", "--slots", "2"],
+        [sys.executable, ROOT / "scripts" / "serve.py", "--port", "0", "--slots", "4"],
         env=script_environment(run_folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
