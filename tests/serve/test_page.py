@@ -125,7 +125,7 @@ def test_regenerating_asks_the_same_again(chat):
     ask(chat, "Why?")
     expect(answers(chat)).to_have_count(1)
     with chat.expect_request("**/v1/chat/completions") as sent:
-        button(chat, "Answer anew").click()
+        button(chat, "Regenerate").click()
     expect(answers(chat)).to_have_text([WHOLE])
     assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "Why?"}]
 
@@ -324,7 +324,7 @@ def test_an_answer_that_breaks_off_keeps_what_came(visit, start_server):
     server.service.draining = True
     server.service.cancel_all()
     expect(page.get_by_role("alert")).to_contain_text(
-        "The answer broke off. The server was shut down."
+        "The answer was interrupted. The server was shut down."
     )
     expect(answers(page)).to_contain_text("on and on")
 
@@ -436,7 +436,7 @@ def test_everything_by_keyboard(chat):
     keys.press("Enter")
     expect(answers(chat)).to_have_text([WHOLE])
     keys.press("Shift+Tab")
-    expect(button(chat, "Answer anew")).to_be_focused()
+    expect(button(chat, "Regenerate")).to_be_focused()
     expect(chat.locator(":focus")).to_have_css("outline-style", "solid")
     with chat.expect_request("**/v1/chat/completions"):
         keys.press("Enter")

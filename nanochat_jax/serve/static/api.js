@@ -9,14 +9,14 @@ export class RequestFailed extends Error {
 }
 
 const LEAVING = 300; // milliseconds
-const BROKEN = "The answer broke off.";
+const BROKEN = "The answer was interrupted.";
 const LOST = "The connection to the server was lost. Nothing you wrote is lost; try again later.";
 
 /** The model that is served: {id, stage, step, context, limits, …}. Throws RequestFailed. */
 export async function fetchModel(apiKey) {
   const response = await request("v1/models", { headers: headersFor(apiKey) });
   const model = (await jsonOf(response))?.data?.[0];
-  if (!model) throw new RequestFailed("The server names no model.");
+  if (!model) throw new RequestFailed("The server lists no model.");
   return model;
 }
 
@@ -42,7 +42,7 @@ export async function* streamAnswer(body, { apiKey, signal }) {
 
 function headersFor(apiKey) {
   if (!apiKey) return {};
-  // A header holds bytes, of which JavaScript thinks as characters.
+  // JavaScript wants the bytes of a header as characters.
   const bytes = String.fromCharCode(...new TextEncoder().encode(apiKey));
   return { Authorization: `Bearer ${bytes}` };
 }
@@ -60,7 +60,7 @@ async function request(path, options) {
 
 async function brokenOff(error) {
   if (error.name === "AbortError") return error;
-  // The requests of a page that is being left break too: only one that stays should speak of it.
+  // The requests of a page that is being left break too: only a page that stays should report it.
   await new Promise((resolve) => setTimeout(resolve, LEAVING));
   return new RequestFailed(LOST);
 }
@@ -77,8 +77,8 @@ async function failureOf(response) {
     case 503:
       return new RequestFailed(`The model is not ready at the moment. ${laterThan(response)}`);
     default:
-      if (response.status >= 500) return new RequestFailed("The server made a mistake. Sorry.");
-      return new RequestFailed(`The server could not take this. ${sentence(said)}`);
+      if (response.status >= 500) return new RequestFailed("Something went wrong in the server.");
+      return new RequestFailed(`The server refused this request. ${sentence(said)}`);
   }
 }
 
@@ -104,7 +104,7 @@ function parsed(data) {
   }
 }
 
-/** What the server said, which begins with a small letter and ends without a full stop. */
+/** A message of the server, which begins in lower case and has no full stop. */
 function sentence(text) {
   if (typeof text !== "string" || text === "") return "";
   return `${text[0].toUpperCase()}${text.slice(1)}${text.endsWith(".") ? "" : "."}`;

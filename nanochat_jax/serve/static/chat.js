@@ -1,4 +1,4 @@
-/** The running of conversations: asking, streaming, stopping, editing, answering anew. */
+/** Runs conversations: sending, streaming, stopping, editing, regenerating. */
 
 import { streamAnswer } from "./api.js";
 import {
@@ -66,24 +66,24 @@ export class Chat {
     this.#write(this.current, answer);
   }
 
-  /** Replaces a question, forgets what came after it, and asks again. */
+  /** Replaces a question, drops what came after it, and sends it. */
   async edit(message, text) {
     await this.#rewindTo(message);
     this.send(text);
   }
 
-  /** Forgets an answer and what came after it, and asks for another. */
+  /** Drops an answer and what came after it, and requests another. */
   async regenerate(answer) {
     await this.#rewindTo(answer);
     this.#write(this.current, beginAnswer(this.current, this.settings.get("explain")));
   }
 
-  /** Ends the answer that is being written here; what has come is kept. */
+  /** Stops the answer of the current conversation; what has arrived is kept. */
   stop() {
     this.#streams.get(this.current.id)?.controller.abort();
   }
 
-  /** Keeps what has come so far of all answers, for a page that is about to go. */
+  /** Saves what has arrived of all answers, for a page that is about to close. */
   saveAll() {
     for (const { conversation } of this.#streams.values()) this.store.save(conversation);
   }

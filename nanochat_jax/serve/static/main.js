@@ -1,4 +1,4 @@
-/** Puts the page together. */
+/** Builds the page from its modules. */
 
 import { Chat } from "./chat.js";
 import { Composer, runCommand } from "./composer.js";
@@ -14,8 +14,8 @@ import { Transcript } from "./transcript.js";
 
 const PLACEHOLDERS = { base: "Begin a text", chat: "Write a message" };
 const NOT_KEPT =
-  "This browser cannot keep the conversation, as its storage is full or switched off: it is lost " +
-  "when the page is closed. Deleting old conversations makes room.";
+  "This browser cannot keep the conversation, because its storage is full or disabled. It will " +
+  "be lost when the page is closed; deleting old conversations makes room.";
 
 const settings = new Settings();
 const store = new ConversationStore();
@@ -153,7 +153,7 @@ byId("explain").addEventListener("click", () => {
   showExplain();
   transcript.show(chat.current, settings.get("explain"));
   if (chat.current.messages.length === 0) showWelcome();
-  else if (settings.get("explain")) showToast("Answers from now on show how probable they were.");
+  else if (settings.get("explain")) showToast("New answers will show token probabilities.");
 });
 
 byId("theme").addEventListener("click", () => {

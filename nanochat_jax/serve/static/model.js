@@ -5,8 +5,8 @@ import { byId, element, textButton } from "./dom.js";
 
 const STAGES = { base: "base model", chat: "chat model" };
 const BASE_NOTICE =
-  "This model has not learned to chat yet. It has only read, so it does not answer: " +
-  "it continues the text that you begin.";
+  "This is a base model: it has not learned to chat, so it does not answer but continues " +
+  "the text that you begin.";
 
 export class ServedModel {
   #model = null;

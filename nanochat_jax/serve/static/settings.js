@@ -31,7 +31,7 @@ export class Settings {
       try {
         if (name in stored) this.#values[name] = this.#parse(name, stored[name]);
       } catch {
-        // A damaged value is as good as none.
+        // A damaged value counts as none.
       }
     }
     this.#values.explain = stored.explain === true;
@@ -55,7 +55,7 @@ export class Settings {
     return highest === Infinity ? `of at least ${low}` : `from ${low} to ${highest}`;
   }
 
-  /** The sampling numbers as they were at first. */
+  /** Back to the default numbers. */
   reset() {
     for (const [name, { initial }] of Object.entries(NUMBERS)) {
       this.set(name, Math.min(initial, this.#highest(name)));

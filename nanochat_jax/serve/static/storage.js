@@ -23,7 +23,7 @@ export function removeItem(key, area = "localStorage") {
   try {
     globalThis[area].removeItem(key);
   } catch {
-    // What cannot be reached cannot be left behind either.
+    // Storage that cannot be reached holds nothing either.
   }
 }
 

@@ -1,4 +1,4 @@
-/** The conversations of this browser, each under its own key: two tabs never overwrite each other. */
+/** The conversations of this browser, each under its own key, so that tabs do not conflict. */
 
 import { readConversation } from "./conversation.js";
 import { itemKeys, readJSON, removeItem, writeItem } from "./storage.js";

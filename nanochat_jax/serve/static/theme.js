@@ -22,7 +22,7 @@ export function toggleTheme() {
   }
 }
 
-/** Calls `listener` when the system changes its mind. */
+/** Calls `listener` when the system's choice changes. */
 export function onSystemTheme(listener) {
   systemIsDark.addEventListener("change", listener);
 }

@@ -50,7 +50,7 @@ export class TokenTooltip {
     this.#box.style.top = `${isRoom ? line.top - box.height - GAP : line.bottom + GAP}px`;
   }
 
-  /** The Tab key comes back to the token that was looked at last. */
+  /** The Tab key returns to the token that had the focus last. */
   #onFocus(span) {
     if (!span) return;
     const last = span.closest(".answer-text").querySelector('.token[tabindex="0"]');
@@ -85,7 +85,7 @@ function contentsOf(text, { logprob, alternatives }) {
     rows.push(row(text, logprob, true));
     rows.at(-1).classList.add("other");
   }
-  return [element("p", {}, "Most probable here"), element("ul", {}, ...rows)];
+  return [element("p", {}, "Most likely tokens"), element("ul", {}, ...rows)];
 }
 
 function row(text, logprob, isChosen) {
@@ -108,7 +108,7 @@ function percent(probability) {
   return `${value >= 99.95 ? "100" : value.toPrecision(value < 1 ? 2 : 3)} %`;
 }
 
-/** White space and control characters as signs that can be seen. */
+/** White space and control characters as visible symbols. */
 function visible(text) {
   return text
     .replace(/ /g, "␣")

@@ -46,7 +46,7 @@ export class Transcript {
     this.#fillFoot(shown, answer);
   }
 
-  /** Says that old messages had to be left out. */
+  /** Notes that old messages had to be left out. */
   showDropped(answer) {
     this.#answers.get(answer)?.node.prepend(droppedNotice(answer.dropped));
   }
@@ -80,7 +80,7 @@ export class Transcript {
     const buttons = element(
       "div",
       { className: "editor-foot" },
-      element("p", {}, "What follows is answered anew."),
+      element("p", {}, "Later messages are replaced."),
       textButton("Cancel", "quiet", close),
       textButton("Send", "solid", send),
     );
@@ -122,7 +122,7 @@ export class Transcript {
       "div",
       { className: "actions" },
       copyButton(() => answerText(answer)),
-      iconButton("again", "Answer anew", again),
+      iconButton("again", "Regenerate", again),
       answer.usage && element("span", { className: "usage" }, usageOf(answer)),
       isExplained ? legend() : null,
     );
@@ -135,7 +135,7 @@ export class Transcript {
     if (answer.needsKey) {
       buttons.unshift(textButton("Enter a key", "quiet", () => this.#actions.enterKey()));
     }
-    const text = element("p", {}, answer.problem ?? "The answer broke off.");
+    const text = element("p", {}, answer.problem ?? "The answer was interrupted.");
     return element("div", { className: "problem", role: "alert" }, text, ...buttons);
   }
 }
@@ -170,10 +170,10 @@ function remark({ finish, parts, maxTokens, usage }) {
   const isEmpty = parts.every((part) => part.text === "");
   let text = null;
   if (finish === "stopped") text = isEmpty ? "Stopped before the first word." : "Stopped.";
-  else if (finish === "length" && wasFull) text = "Cut off: the model cannot hold a longer text.";
+  else if (finish === "length" && wasFull) text = "Cut off: the context of the model is full.";
   else if (finish === "length")
-    text = `Cut off after ${maxTokens} new tokens, as the settings say.`;
-  else if (finish === "stop" && isEmpty) text = "The model had nothing to say.";
+    text = `Cut off after ${maxTokens} new tokens, the limit in the settings.`;
+  else if (finish === "stop" && isEmpty) text = "The answer is empty.";
   return text && element("p", { className: "remark" }, text);
 }
 
