@@ -144,52 +144,44 @@ def init_params(model: GPT, key: jax.Array) -> Params:
 
 def param_shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """name -> shape and dtype of every parameter."""
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, (shape, _) in parameter_table(config).items()
-    }
+    table = parameter_table(config).items()
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in table}
 
 
-def parameter_table(config: GPTConfig) -> dict:
-    """name -> (shape, initialiser) of every parameter, for both recipes."""
+def parameter_table(config: GPTConfig) -> dict[str, tuple[tuple[int, ...], Callable]]:
+    """name -> (shape, initialiser) of every parameter; their order decides the random numbers."""
     L, D, P = config.n_layer, config.n_embd, config.padded_vocab_size
-    shapes: dict[str, tuple[int, ...]] = {"qo": (2 * L, D, D), "kv": (2 * L, config.kv_dim, D)}
-    shapes |= {"fc": (L, 4 * D, D), "proj": (L, D, 4 * D)}
     normal, constant = nn.initializers.normal, nn.initializers.constant
+    bound = (3 / D) ** 0.5
     if config.recipe == "2025":
-        inits = {name: normal(_std_2025(shapes[name])) for name in ("qo", "kv", "fc")}
-        inits["qo"] = _every_second_zero(inits["qo"])
-        table: dict[str, tuple] = {
-            "wte": ((P, D), normal(1.0)),
-            "lm_head": ((P, D), constant(0.0)),
-        }
+        wte, lm_head = normal(1.0), constant(0.0)
+        qo, kv, fc = (normal(_std_2025(n, D)) for n in (D, config.kv_dim, 4 * D))
     else:
-        bound = (3 / D) ** 0.5
-        inits = {"qo": _every_second_zero(_uniform(-bound, bound)), "kv": _uniform(-bound, bound)}
-        inits |= {"fc": _uniform(-0.4 * bound, 0.4 * bound)}
-        table = {"wte": ((P, D), normal(0.8)), "lm_head": ((P, D), normal(0.001))}
-    inits["proj"] = constant(0.0)
-    table |= {name: (shape, inits[name]) for name, shape in shapes.items()}
-    return table | (_parameters_2026(config) if config.recipe == "2026" else {})
-
-
-def _parameters_2026(config: GPTConfig) -> dict:
-    L, n_ve = config.n_layer, len(config.value_embed_layers)
-    bound = (3 / config.n_embd) ** 0.5
-    depth = np.arange(L) / max(L - 1, 1)
-    return {
-        "value_embeds": ((n_ve, config.padded_vocab_size, config.kv_dim), _uniform(-bound, bound)),
+        wte, lm_head = normal(0.8), normal(0.001)
+        qo, kv, fc = (_uniform(-scale * bound, scale * bound) for scale in (1.0, 1.0, 0.4))
+    table = {
+        "wte": ((P, D), wte),
+        "lm_head": ((P, D), lm_head),
+        "qo": ((2 * L, D, D), _every_second_zero(qo)),
+        "kv": ((2 * L, config.kv_dim, D), kv),
+        "fc": ((L, 4 * D, D), fc),
+        "proj": ((L, D, 4 * D), constant(0.0)),
+    }
+    if config.recipe == "2025":
+        return table
+    n_ve, depth = len(config.value_embed_layers), np.arange(L) / max(L - 1, 1)
+    return table | {
+        "value_embeds": ((n_ve, P, config.kv_dim), _uniform(-bound, bound)),
         "ve_gate": ((n_ve, config.n_kv_head, GATE_CHANNELS), _uniform(0.0, 0.02)),
         "smear_gate": ((1, SMEAR_CHANNELS), _uniform(0.0, 0.02)),
         "resid_lambdas": ((L,), _values(1.15 - 0.10 * depth)),
         "x0_lambdas": ((L,), _values(0.20 - 0.15 * depth)),
-        "smear_lambda": ((1,), _values(np.zeros(1))),
-        "backout_lambda": ((1,), _values(np.full(1, 0.2))),
+        "smear_lambda": ((1,), constant(0.0)),
+        "backout_lambda": ((1,), constant(0.2)),
     }
 
 
-def _std_2025(shape: tuple[int, ...]) -> float:
-    fan_out, fan_in = shape[-2:]
+def _std_2025(fan_out: int, fan_in: int) -> float:
     return min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5  # arXiv 2310.17813
 
 
@@ -212,12 +204,9 @@ def _every_second_zero(init):
 def unstack_layers(config: GPTConfig, params: Params) -> list[dict[str, jax.Array]]:
     """The matrices of each layer, by the names of `block`; "ve_table" is its value embedding."""
     qo, kv, fc, proj = (unstack(params[name]) for name in ("qo", "kv", "fc", "proj"))
-    layers = [
-        {"q": q, "k": k, "v": v, "o": o, "fc": fc_i, "proj": proj_i}
-        for q, o, k, v, fc_i, proj_i in zip(
-            qo[::2], qo[1::2], kv[::2], kv[1::2], fc, proj, strict=True
-        )
-    ]
+    stacks = (qo[::2], qo[1::2], kv[::2], kv[1::2], fc, proj)
+    names = ("q", "o", "k", "v", "fc", "proj")
+    layers = [dict(zip(names, of_layer, strict=True)) for of_layer in zip(*stacks, strict=True)]
     if config.value_embed_layers:
         tables, gates = unstack(params["value_embeds"]), unstack(params["ve_gate"])
         for i, table, gate in zip(config.value_embed_layers, tables, gates, strict=True):
@@ -226,18 +215,15 @@ def unstack_layers(config: GPTConfig, params: Params) -> list[dict[str, jax.Arra
 
 
 def lookup_value_embeds(layers: Sequence[dict[str, jax.Array]], tokens_BT, dtype) -> list[dict]:
-    """The layers with "ve", the tokens' value embeddings (B, T, K·H), in place of "ve_table"."""
-    found = []
-    for layer in layers:
-        rest = {name: array for name, array in layer.items() if name != "ve_table"}
-        if "ve_table" in layer:
-            rest["ve"] = embed(layer["ve_table"], tokens_BT, dtype)
-        found.append(rest)
-    return found
+    """The layers, with "ve", the tokens' value embeddings (B, T, K·H), where there is a table."""
+    return [
+        layer | {"ve": embed(layer["ve_table"], tokens_BT, dtype)} if "ve_table" in layer else layer
+        for layer in layers
+    ]
 
 
 class ResidualScalars(NamedTuple):
-    """The 2026 recipe's scalars of the stream, one of each a layer; 2025 has none of them."""
+    """The 2026 recipe's scalars of the residual stream, two a layer and one; 2025 has none."""
 
     resid: tuple[jax.Array, ...]
     initial: tuple[jax.Array, ...]
@@ -248,7 +234,7 @@ def residual_scalars(config: GPTConfig, params: Params) -> ResidualScalars | Non
     if config.recipe == "2025":
         return None
     lambdas = unstack(params["resid_lambdas"]), unstack(params["x0_lambdas"])
-    # As scalars of their own they leave one kernel for all layers, not one for each index.
+    # Behind the barrier they are plain scalars: one kernel serves all layers, not one each index.
     resid, initial = jax.lax.optimization_barrier(lambdas)
     return ResidualScalars(resid, initial, params["backout_lambda"][0])
 

@@ -10,6 +10,7 @@ restored state obeys the configuration of the day.
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -81,9 +82,8 @@ def muon_momentum(config: OptimConfig, step):
     """Momentum of Muon: up to its peak over the first steps, then down with the learning rate."""
     xp, step = _within(config, step)
     up = step / max(config.momentum_warmup_steps, 1)
-    done = (step - (config.num_iterations - _warmdown_steps(config))) / max(
-        _warmdown_steps(config), 1
-    )
+    warmdown = _warmdown_steps(config)
+    done = (step - (config.num_iterations - warmdown)) / max(warmdown, 1)
     rising = (1 - up) * config.momentum_start + up * config.momentum_peak
     falling = config.momentum_peak + done * (config.momentum_final - config.momentum_peak)
     late = xp.where(done >= 0, falling, config.momentum_peak)
@@ -118,7 +118,7 @@ def _scalar(value):
 def restart_schedules(opt_state):
     """The state with its moments as they are and every schedule at its beginning.
 
-    Adam's own count stays: it says how much its moments know, not where the run is.
+    Adam's own count stays: its bias correction belongs to the moments, not to the run.
     """
 
     def is_adam(node) -> bool:
@@ -170,17 +170,15 @@ def make_optimizer(
     `compute_dtype` is that of Muon's matrix products (bfloat16 on accelerators); moments, norms and
     updates are float32 whatever the gradients are.
     """
-    if gpt_config.recipe != optim_config.recipe:
-        raise ValueError(
-            f"a {optim_config.recipe} optimizer was asked for a {gpt_config.recipe} model; "
-            "give both the same recipe"
-        )
+    assert gpt_config.recipe == optim_config.recipe
     groups: dict[str, optax.GradientTransformation] = {
         label: _adamw(group, optim_config)
         for label, group in adamw_groups(gpt_config, optim_config).items()
     }
     groups["muon"] = _muon(optim_config, compute_dtype)
-    return optax.chain(_as_float32(), optax.partition(groups, _labels))
+    # Gradients may come in bfloat16 from the reduce-scatter.
+    as_float32 = optax.stateless(lambda updates, _: optax.tree.cast(updates, jnp.float32))
+    return optax.chain(as_float32, optax.partition(groups, _labels))
 
 
 def _labels(params) -> dict[str, str]:
@@ -219,20 +217,10 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformation:
 
 def _muon(config: OptimConfig, compute_dtype) -> optax.GradientTransformation:
     lr = config.matrix_lr * config.batch_lr_scale
-    return optax.chain(
-        scale_by_muon(
-            lambda step: muon_momentum(config, step), compute_dtype, variant=config.recipe
-        ),
-        *(
-            [add_cautious_decay(lambda step: muon_weight_decay(config, step))]
-            if config.recipe == "2026"
-            else []
-        ),
-        optax.stateless(lambda updates, _: jax.tree.map(scale_by_aspect, updates)),
-        optax.scale_by_learning_rate(lambda step: lr * lr_multiplier(config, step)),
-    )
-
-
-def _as_float32() -> optax.GradientTransformation:
-    # Gradients may come in bfloat16 from the reduce-scatter.
-    return optax.stateless(lambda updates, _: optax.tree.cast(updates, jnp.float32))
+    momentum = partial(muon_momentum, config)
+    chain = [scale_by_muon(momentum, compute_dtype, variant=config.recipe)]
+    if config.recipe == "2026":
+        chain += [add_cautious_decay(partial(muon_weight_decay, config))]
+    chain += [optax.stateless(lambda updates, _: jax.tree.map(scale_by_aspect, updates))]
+    chain += [optax.scale_by_learning_rate(lambda step: lr * lr_multiplier(config, step))]
+    return optax.chain(*chain)

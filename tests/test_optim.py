@@ -430,11 +430,8 @@ def test_polar_express_brings_singular_values_near_one(shape):
 
 
 def test_mistakes_are_named():
-    config = SMALL["2026"]
     with pytest.raises(ValueError, match="no optimizer for parameter w_new"):
-        make_optimizer(config, small_config("2026")).init({"w_new": jnp.zeros(3)})
-    with pytest.raises(ValueError, match="2025 optimizer was asked for a 2026 model"):
-        make_optimizer(config, small_config("2025"))
+        make_optimizer(SMALL["2026"], small_config("2026")).init({"w_new": jnp.zeros(3)})
     with pytest.raises(ValueError, match="recipe is one of 2025, 2026, not '2027'"):
         dataclasses.replace(small_config("2026"), recipe="2027")
     with pytest.raises(ValueError, match="num_iterations must be at least 1"):
