@@ -32,7 +32,7 @@ def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> No
 
     That is a ValueError raised by our own code, or an OSError (no file, no right, no space).
     NANOCHAT_TRACEBACK=1 shows the traceback all the same. `interrupted` is what to say after a
-    Ctrl-C that the script has not seen to itself.
+    Ctrl-C that the script has not handled itself.
     """
     logging.basicConfig()  # unless a library has done so
     for handler in logging.getLogger().handlers:
@@ -47,40 +47,34 @@ def run_script(main: Callable[[], None], interrupted: str = "interrupted") -> No
         message = interrupted
     else:
         return
-    sys.exit(message)  # outside, so that what the error holds on to is gone by then
+    sys.exit(message)  # outside, so that the objects that the error refers to are freed first
 
 
-def _is_the_users(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return True
+def _is_the_users(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     parents = Path(frames[-1].filename).resolve().parents if frames else ()
-    return PACKAGE in parents or SCRIPTS in parents
+    return isinstance(error, OSError) or PACKAGE in parents or SCRIPTS in parents
 
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """Shows on process 0 how far something is: call it with (done, total).
 
-    A bar on a terminal; elsewhere, as in a log file, a line now and then.
+    A bar on a terminal; elsewhere, as in a log file, a line every SECONDS_BETWEEN_LINES.
     """
     console = Console(stderr=True)
-    if not is_main_process() or not console.is_terminal:
-        yield _lines_of_progress(name)
+    if is_main_process() and console.is_terminal:
+        columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    last_line = time.monotonic()
 
-
-def _lines_of_progress(name: str) -> Callable[[int, int], None]:
-    told = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() >= told + SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+    def print_line(done: int, total: int) -> None:
+        nonlocal last_line
+        if time.monotonic() >= last_line + SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
             say(f"{name}: {100 * done / total:.0f} %")
 
-    return tell
+    yield print_line

@@ -20,12 +20,23 @@ GPU_MEMORY_SHARE = "0.92"  # JAX alone takes 0.75; a training program may have n
 
 
 def start() -> None:
-    """Takes the GPU's memory, joins the other processes, keeps compiled programs for later."""
+    """Takes the GPU's memory, joins the other processes of a cluster run, caches compiled programs.
+
+    A cluster run is recognised by Slurm with several tasks, or by JAX_COORDINATOR_ADDRESS with
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID (torchrun-like launchers, Kubernetes).
+    """
     import jax
 
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the old name; both are an error
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_MEMORY_SHARE)
-    initialize_distributed()
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        jax.distributed.initialize()
     jax.config.update("jax_compilation_cache_dir", str(base_dir() / "jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -36,13 +47,13 @@ def is_main_process() -> bool:
 
 
 def say(*lines: Any) -> None:
-    """Prints on process 0 only, at once."""
+    """Prints on process 0 only, without buffering."""
     if is_main_process():
         print(*lines, flush=True)
 
 
 def wait_for_all(name: str) -> None:
-    """Until every process of a cluster run has come here."""
+    """Returns when every process of a cluster run has called it."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -51,9 +62,9 @@ def wait_for_all(name: str) -> None:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """What every process gave, in their order; all of them must call it.
+    """The values of all processes, in their order; every process must call it.
 
-    JSON, so tuples become lists; NaN stays NaN, and no number loses a bit.
+    They travel as JSON: tuples become lists, NaN stays NaN, and no number loses a bit.
     """
     import jax
     import numpy as np
@@ -70,9 +81,9 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def share_out[T](items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
-    """`work(items)`, a result in JSON for each, done in parts by the processes of a cluster run.
+    """`work(items)`, a JSON value for each, computed in parts by the processes of a cluster run.
 
-    All of them must call it, and each gets all results.
+    Every process must call it, and gets all results.
     """
     import jax
 
@@ -104,7 +115,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this runs from, with "+changes" where files differ from it."""
+    """The commit of the checkout that this runs from, with "+changes" if files differ from it."""
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -117,21 +128,3 @@ def _git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def initialize_distributed() -> None:
-    """Joins the processes of a cluster run; does nothing for a single process.
-
-    Recognised: Slurm with several tasks, and JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID (torchrun-like launchers, Kubernetes).
-    """
-    import jax
-
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        jax.distributed.initialize()

@@ -1,6 +1,6 @@
 """Confidence intervals of means by the bootstrap: how much a score would move with other questions.
 
-The questions are drawn again with replacement, many times, and the interval is between percentiles
+The questions are resampled with replacement many times, and the interval lies between percentiles
 of the means (Efron, 1979). The seed is fixed: equal results have equal intervals.
 """
 
@@ -11,17 +11,17 @@ import numpy as np
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 1234
-AT_ONCE = 4_000_000  # numbers drawn at once: 32 MB
+CHUNK = 4_000_000  # numbers sampled in one go: 32 MB
 
 type Interval = tuple[float, float]
 
 
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """Means of `resamples` samples of the values, each as large as they are; (resamples,).
+    """Means of `resamples` samples of the values, each of their number; (resamples,).
 
-    Values are between 0 and 1. Where all are alike, one that is their opposite is among what is
-    drawn from: 100 right answers of 100 do not prove that a wrong one cannot be, and the interval
-    becomes about that of the rule of three. ValueError where there are no values.
+    Values are between 0 and 1. Where all are equal, their opposite is added to those sampled from:
+    100 right answers of 100 do not prove that a wrong one is impossible, and the interval becomes
+    about that of the rule of three. ValueError if there are no values.
     """
     n = len(values)
     if n == 0:
@@ -29,14 +29,14 @@ def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 
     rng = np.random.default_rng(seed)
     values = np.asarray(values, np.float64)
     pool = values if np.ptp(values) else np.append(values, 1 - values[0])
-    per_draw = max(1, AT_ONCE // n)
-    sizes = [min(per_draw, resamples - first) for first in range(0, resamples, per_draw)]
-    drawn = (pool[rng.integers(0, len(pool), (size, n))] for size in sizes)
-    return np.concatenate([sample.mean(axis=1) for sample in drawn])
+    rows = max(1, CHUNK // n)
+    sizes = [min(rows, resamples - first) for first in range(0, resamples, rows)]
+    samples = (pool[rng.integers(0, len(pool), (size, n))] for size in sizes)
+    return np.concatenate([sample.mean(axis=1) for sample in samples])
 
 
 def interval(means: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """Between which percentiles of the resampled means the value lies."""
+    """The central percentiles of the resampled means: (low, high)."""
     outside = 100 * (1 - confidence) / 2
     low, high = np.percentile(means, [outside, 100 - outside])
     return float(low), float(high)
@@ -52,7 +52,7 @@ def mean_of_centred(
 ) -> tuple[float, Interval]:
     """The mean over tasks of their centred accuracies, and its interval.
 
-    Each task's questions are drawn again for themselves: tasks are fixed, questions are a sample.
+    The questions of each task are resampled apart: tasks are fixed, questions are a sample.
     """
     tasks = list(zip(values, baselines, strict=True))
     mean = float(np.mean([centred(np.mean(task), baseline) for task, baseline in tasks]))

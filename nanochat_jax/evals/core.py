@@ -1,8 +1,8 @@
 """CORE: how well a base model answers 22 tasks from a few examples (DCLM, arXiv 2406.11794).
 
-A choice is right when the option with the lowest mean loss is; a continuation when every token of
-it is the model's likeliest. Accuracy is centred between guessing (0) and perfect (1), and CORE is
-the mean over the tasks. All tasks are scored together: their prompts share batches.
+A choice is right when the option with the lowest mean loss is the right one; a continuation when
+each of its tokens is the most likely (argmax) there. Accuracy is centred between guessing (0) and
+perfect (1), and CORE is the mean over the tasks. All tasks are scored together, in shared batches.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from nanochat_jax.evals.core_tasks import (
     CoreTask,
     PromptEncoder,
     Published,
+    clip,
     examples_for,
     find_scored,
-    spans,
 )
 from nanochat_jax.evals.scoring import ProgressCallback, Scorer
 from nanochat_jax.evals.scoring_batches import Span, SpanScore
@@ -66,26 +66,27 @@ def prepare_questions(
     """The questions of a task, ready to be scored.
 
     `max_per_task` (negative: all) takes the first ones; examples come from among them. Prompts are
-    cut on the left to `max_length` tokens, as models need that cannot read longer ones.
+    cut on the left to `max_length` tokens, for models that cannot read longer ones.
     """
     questions = task.questions(max_per_task)
     encoder = PromptEncoder(tokenizer, questions, task.kind, task.delimiter)
-    asked = []
+    prepared = []
     for index, question in enumerate(questions):
         examples = examples_for(index, len(questions), task.num_fewshot)
         try:
-            encoded = find_scored(encoder.prompts(index, examples), task.kind)
+            spans = find_scored(encoder.prompts(index, examples), task.kind)
         except ValueError as error:
             raise ValueError(f"CORE task {task.label}, question {index}: {error}") from None
-        asked.append(PreparedQuestion(spans(encoded, max_length), question.get("gold")))
-    return asked
+        clipped = [clip(span, max_length) for span in spans]
+        prepared.append(PreparedQuestion(clipped, question.get("gold")))
+    return prepared
 
 
-def is_correct(asked: PreparedQuestion, scores: Sequence[SpanScore]) -> bool:
-    if asked.gold is None:
+def is_correct(question: PreparedQuestion, scores: Sequence[SpanScore]) -> bool:
+    if question.gold is None:
         return bool(scores[0].is_argmax.all())
     losses = [score.mean_loss for score in scores]
-    return losses.index(min(losses)) == asked.gold
+    return losses.index(min(losses)) == question.gold
 
 
 def evaluate_core(
@@ -98,16 +99,15 @@ def evaluate_core(
     progress: ProgressCallback = lambda done, total: None,
 ) -> list[TaskResult]:
     """The result of every task; see `prepare_questions` for the limits, Scorer for `progress`."""
-    asked = [prepare_questions(task, tokenizer, max_per_task, max_length) for task in bundle.tasks]
-    scores = iter(scorer.score([each.spans for of_task in asked for each in of_task], progress))
-    return [
-        TaskResult(
-            task.label,
-            task.baseline,
-            np.array([is_correct(each, next(scores)) for each in of_task], bool),
-        )
-        for task, of_task in zip(bundle.tasks, asked, strict=True)
+    questions = [
+        prepare_questions(task, tokenizer, max_per_task, max_length) for task in bundle.tasks
     ]
+    scores = iter(scorer.score([each.spans for of_task in questions for each in of_task], progress))
+    results = []
+    for task, of_task in zip(bundle.tasks, questions, strict=True):
+        correct = np.array([is_correct(each, next(scores)) for each in of_task], bool)
+        results.append(TaskResult(task.label, task.baseline, correct))
+    return results
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -141,18 +141,12 @@ def comparison(found: dict[str, Any], published: Sequence[Published]) -> str:
     for label, task in found["core_tasks"].items():
         low, high = task["accuracy_interval"]
         ours = [f"{task['accuracy']:.4f}", f"{low:.4f}–{high:.4f}", f"{task['centred']:.4f}"]
-        lines.append([label, *ours, *(_centred_of(each, label) for each in published)])
+        theirs = [each.scores.get(label) for each in published]
+        lines.append([label, *ours, *(f"{score[1]:.4f}" if score else "–" for score in theirs)])
     low, high = found["core_interval"]
     ours = ["", f"{low:.4f}–{high:.4f}", f"{found['core']:.4f}"]
     lines.append(["CORE", *ours, *(f"{each.core:.4f}" for each in published)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _centred_of(published: Published, label: str) -> str:
-    return f"{published.scores[label][1]:.4f}" if label in published.scores else "–"
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = zip(cells, widths, strict=True)
-    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join([label.ljust(first), *map(str.rjust, cells, others)]) for label, *cells in lines
+    )

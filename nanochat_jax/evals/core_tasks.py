@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
@@ -106,9 +106,9 @@ def read_bundle(path: Path) -> Bundle:
     ValueError when it is not a bundle, names a task of an unknown type, or lacks a baseline.
     """
     folder = _root(path)
-    entries = _yaml(folder / TASKS_FILE)
-    baselines = _baselines(folder / BASELINES_FILE)
-    tasks = [_task(entry, baselines, folder) for entry in entries]
+    baselines = csv.DictReader(io.StringIO(_read(folder / BASELINES_FILE)))
+    percent = {row["Eval Task"]: float(row["Random baseline"]) for row in baselines}
+    tasks = [_task(entry, percent, folder) for entry in _entries(folder / TASKS_FILE)]
     results = (file for file in folder.iterdir() if file.name.endswith(".csv"))
     published = [_published(file) for file in results if file.name != BASELINES_FILE]
     return Bundle(tasks, sorted(published, key=lambda each: each.core))
@@ -132,18 +132,18 @@ def _read(path: Any) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _yaml(path: Any) -> list[dict[str, Any]]:
+def _entries(path: Any) -> list[dict[str, Any]]:
     try:
         return yaml.safe_load(_read(path))["icl_tasks"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not list icl_tasks: {error}") from None
 
 
-def _task(entry: dict[str, Any], baselines: dict[str, float], folder: Any) -> CoreTask:
+def _task(entry: dict[str, Any], percent: dict[str, float], folder: Any) -> CoreTask:
     label, kind = entry["label"], entry["icl_task_type"]
     if kind not in FIELDS:
         raise ValueError(f"CORE task {label} is of type {kind!r}; known are {', '.join(FIELDS)}")
-    if label not in baselines:
+    if label not in percent:
         raise ValueError(f"{folder / BASELINES_FILE} has no baseline for the task {label}")
     return CoreTask(
         label,
@@ -151,15 +151,9 @@ def _task(entry: dict[str, Any], baselines: dict[str, float], folder: Any) -> Co
         entry["dataset_uri"],
         entry["num_fewshot"][0],
         entry.get("continuation_delimiter", " "),
-        baselines[label],
+        percent[label] / 100,
         folder,
     )
-
-
-def _baselines(path: Any) -> dict[str, float]:
-    """task -> accuracy of guessing; the file has percent."""
-    rows = csv.DictReader(io.StringIO(_read(path)))
-    return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
 
 
 def _published(path: Any) -> Published:
@@ -183,7 +177,7 @@ def _question(line: str, kind: str, where: str) -> Question:
     return question
 
 
-# --- From a question of CORE to tokens: examples before it, its options, and what of  ---
+# --- from a question to text: the examples before it, and its options -----------------------------
 
 FEWSHOT_SEED = 1234
 GAP = "\n\n"  # between examples
@@ -192,11 +186,11 @@ GAP = "\n\n"  # between examples
 def examples_for(index: int, n_questions: int, num_fewshot: int) -> list[int]:
     """Which other questions serve as examples for number `index`; all of them if there are fewer.
 
-    Drawn with a seed of each question's own, among the others in their order.
+    Sampled from the others in their order, with a seed for each question.
     """
     rng = random.Random(FEWSHOT_SEED + index)
-    drawn = rng.sample(range(n_questions - 1), min(num_fewshot, n_questions - 1))
-    return [i + (i >= index) for i in drawn]  # numbers among the others -> among all
+    chosen = rng.sample(range(n_questions - 1), min(num_fewshot, n_questions - 1))
+    return [i + (i >= index) for i in chosen]  # numbers among the others -> among all
 
 
 def example_text(question: Question, kind: str, delimiter: str) -> str:
@@ -210,7 +204,7 @@ def example_text(question: Question, kind: str, delimiter: str) -> str:
 
 
 def option_texts(question: Question, kind: str, delimiter: str) -> list[str]:
-    """The question with each option; of language modelling without and with the continuation."""
+    """The question with each option; for language modelling, without and with the continuation."""
     if kind == "multiple_choice":
         return [question["query"] + delimiter + choice for choice in question["choices"]]
     if kind == "schema":
@@ -222,7 +216,7 @@ def option_texts(question: Question, kind: str, delimiter: str) -> list[str]:
 
 
 def prompts(examples: Sequence[Question], question: Question, kind: str, delimiter: str):
-    """The whole prompts, one for each option."""
+    """The complete prompts, one for each option."""
     opening = "".join(example_text(example, kind, delimiter) + GAP for example in examples)
     texts = [opening + text for text in option_texts(question, kind, delimiter)]
     if kind == "language_modeling":  # an empty context leaves the blank line before it at the end
@@ -253,7 +247,7 @@ class PromptEncoder:
         question = self._questions[index]
         texts = option_texts(question, self._kind, self._delimiter)
         starts = [text[:1] for text in texts] + [self._example(i)[:1] for i in examples]
-        if self._tokenizer.pattern == SPLIT_PATTERN and not any(map(_is_space_or_empty, starts)):
+        if self._tokenizer.pattern == SPLIT_PATTERN and all(start.strip() for start in starts):
             opening = [self._bos, *(self._encoded_example(i) for i in examples)]
             return [np.concatenate([*opening, self._encode(text)]) for text in texts]
         shown = [self._questions[i] for i in examples]
@@ -272,19 +266,8 @@ class PromptEncoder:
         return np.array(self._tokenizer.encode(text), np.int32)
 
 
-def _is_space_or_empty(start: str) -> bool:
-    return not start or start.isspace()
-
-
-class Encoded(NamedTuple):
-    """Prompts of one question, tokens[i][starts[i]:] being scored."""
-
-    tokens: list[np.ndarray]
-    starts: list[int]
-
-
-def find_scored(tokens: Sequence[np.ndarray], kind: str) -> Encoded:
-    """What of the prompts is scored.
+def find_scored(tokens: Sequence[np.ndarray], kind: str) -> list[Span]:
+    """The part of each prompt that is scored; see `clip` for what may be missing.
 
     ValueError when the tokens before a continuation change with it: then nothing can be scored.
     """
@@ -294,25 +277,22 @@ def find_scored(tokens: Sequence[np.ndarray], kind: str) -> Encoded:
             raise ValueError(
                 "the tokens of the context are no prefix of those with the continuation"
             )
-        return Encoded([whole], [len(without)])
+        return [Span(whole, len(without))]
     others = tokens[1:]
     if kind == "multiple_choice":
         common = min((common_length(tokens[0], other) for other in others), default=1)
-        return Encoded(list(tokens), [common] * len(tokens))
+        return [Span(row, common) for row in tokens]
     reverse = [row[::-1] for row in tokens]
     common = min((common_length(reverse[0], other) for other in reverse[1:]), default=1)
-    return Encoded(list(tokens), [len(row) - common for row in tokens])
+    return [Span(row, len(row) - common) for row in tokens]
 
 
-def spans(encoded: Encoded, max_length: int | None = None) -> list[Span]:
-    """The prompts to score, cut on the left to `max_length` tokens.
+def clip(span: Span, max_length: int | None = None) -> Span:
+    """The span of a prompt that is cut on the left to `max_length` tokens.
 
-    An option that has no token of its own, its tokens being the beginning of another's, is scored
-    by its last token: every option has a loss, wherever it stands.
+    An option without a token that the others lack, its tokens being the beginning of another's, is
+    scored by its last token, so every option has a loss whatever the order of the options.
     """
-    found = []
-    for tokens, start in zip(encoded.tokens, encoded.starts, strict=True):
-        surplus = max(0, len(tokens) - max_length) if max_length else 0
-        last = len(tokens) - surplus - 1
-        found.append(Span(tokens[surplus:], max(1, min(start - surplus, last))))
-    return found
+    surplus = max(0, len(span.tokens) - max_length) if max_length else 0
+    last = len(span.tokens) - surplus - 1
+    return Span(span.tokens[surplus:], max(1, min(span.start - surplus, last)))

@@ -20,11 +20,11 @@ from nanochat_jax.evals.core_tasks import (
     Bundle,
     CoreTask,
     PromptEncoder,
+    clip,
     examples_for,
     find_scored,
     prompts,
     read_bundle,
-    spans,
 )
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.scoring_batches import SpanScore
@@ -76,13 +76,13 @@ def test_the_original_s_prompts_and_tokens(original, tokenizer):
     for task in original["tasks"]:
         meta, data = task["task_meta"], task["data"]
         kind, delimiter = meta["task_type"], meta["continuation_delimiter"]
-        for row, examples, encoded in encode_rows(task, tokenizer):
+        for row, examples, spans in encode_rows(task, tokenizer):
             assert examples == row["fewshot_indices"]
             shown = [data[i] for i in examples]
             assert prompts(shown, data[row["idx"]], kind, delimiter) == row["prompts"]
-            assert [tokens.tolist() for tokens in encoded.tokens] == row["tokens"]
-            assert encoded.starts == row["start_idxs"]
-            assert [len(tokens) for tokens in encoded.tokens] == row["end_idxs"]
+            assert [span.tokens.tolist() for span in spans] == row["tokens"]
+            assert [span.start for span in spans] == row["start_idxs"]
+            assert [len(span.tokens) for span in spans] == row["end_idxs"]
 
 
 def check_row(row, data, scores):
@@ -106,9 +106,9 @@ def check_row(row, data, scores):
 def test_the_original_s_losses_and_answers(original, tokenizer, scorer):
     rows, groups = [], []
     for task in original["tasks"]:
-        for row, _, encoded in encode_rows(task, tokenizer):
+        for row, _, spans in encode_rows(task, tokenizer):
             rows.append((row, task["data"]))
-            groups.append(spans(encoded))
+            groups.append([clip(span) for span in spans])
     for (row, data), scores in zip(rows, scorer.score(groups), strict=True):
         check_row(row, data, scores)
 
@@ -118,9 +118,9 @@ def test_the_original_s_answers_on_cut_prompts(original, tokenizer, scorer):
     for cut in original["truncated"]:
         task = {**original["tasks"][cut["of"]], "rows": cut["rows"]}
         groups, rows = [], []
-        for row, _, encoded in encode_rows(task, tokenizer):
-            group = spans(encoded, cut["max_seq_len"])
-            surplus = [len(t) - len(s.tokens) for t, s in zip(encoded.tokens, group, strict=True)]
+        for row, _, spans in encode_rows(task, tokenizer):
+            group = [clip(span, cut["max_seq_len"]) for span in spans]
+            surplus = [len(w.tokens) - len(c.tokens) for w, c in zip(spans, group, strict=True)]
             assert surplus == row["cropped"]
             if None not in row.get("mean_losses", []):
                 assert [span.start for span in group] == row["start_idxs_after_crop"]
@@ -178,17 +178,15 @@ def test_the_original_s_shuffle(original):
 def test_the_winner_does_not_depend_on_the_place_of_an_option_within_another():
     rows = [np.array(row, np.int32) for row in ([9, 1, 2], [9, 1, 2, 3, 4], [9, 1, 2, 5])]
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
-        encoded = find_scored([rows[i] for i in order], "multiple_choice")
-        scored = {
-            order[i]: span.tokens[span.start :].tolist() for i, span in enumerate(spans(encoded))
-        }
+        spans = map(clip, find_scored([rows[i] for i in order], "multiple_choice"))
+        scored = {i: s.tokens[s.start :].tolist() for i, s in zip(order, spans, strict=True)}
         assert scored == {0: [2], 1: [3, 4], 2: [5]}
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
 def test_equal_options_have_a_loss_too(kind):
     row = np.array([9, 1, 2], np.int32)
-    for span in spans(find_scored([row, row.copy()], kind)):
+    for span in map(clip, find_scored([row, row.copy()], kind)):
         assert 1 <= span.start < len(span.tokens)
 
 
