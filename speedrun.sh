@@ -3,7 +3,7 @@
 #   bash speedrun.sh                     the preset that fits this machine (no GPU: configs/cpu.toml)
 #   bash speedrun.sh --preset d20_2025   another one of configs/
 #   bash speedrun.sh --plan              only says what it would do and cost
-# Finished stages are skipped when it is run again; an interrupted one goes on where it was.
+# Finished stages are skipped when it is run again; an interrupted one continues where it stopped.
 # NANOCHAT_BASE_DIR names where everything is kept (default ~/.cache/nanochat_jax).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

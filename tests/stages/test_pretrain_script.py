@@ -142,13 +142,6 @@ def test_two_processes_train_as_one(script, whole, here):
     np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
 
 
-def test_a_mistake_ends_with_one_sentence(script, whole):
-    output = script.run(run="whole", expect=1)
-    assert output.strip().splitlines()[-1].startswith("error: the run ")
-    assert "continue it with --resume, choose another name with --run" in output
-    assert "Traceback" not in output
-
-
 # --- the same, called directly --------------------------------------------------------------------
 
 
@@ -274,6 +267,14 @@ def call(here, monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
+
+
+def test_a_mistake_ends_with_one_sentence(call, whole):
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    message = call("pretrain.py", "--run=whole", *flags)
+    assert message.startswith("error: the run ")
+    assert "continue it with --resume, choose another name with --run" in message
+    assert "Traceback" not in message
 
 
 def test_eval_base_measures_and_samples(call, script, whole):
