@@ -36,7 +36,6 @@ from nanochat_jax.scaling import count_flops_per_token, grad_accumulation
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.stages.loop import run
 from nanochat_jax.stages.mixtures import (
-    TaskNames,
     choose_tasks,
     describe_pass,
     mixture,
@@ -139,7 +138,6 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
         tokens_per_step=total_batch_size,
         flops_per_token=count_flops_per_token(gpt_config),
         source=source,
-        tasks=tasks,
         rendering=rendering,
         found=found,
         rows=rows,
@@ -209,7 +207,6 @@ class FinetuneStage(Stage):
     config: FinetuneConfig
     source: Source
     tokens_per_step: int
-    tasks: TaskNames
     rendering: RenderedDataset
     found: PackingStats
     rows: int  # of a step, over all devices and micro-batches
@@ -222,8 +219,8 @@ class FinetuneStage(Stage):
             "warm_start": self.config.warm_start,
             "batch": {"tokens": self.tokens_per_step, "streams": self.streams},
             "data": {
-                "tasks": self.tasks.train,
-                "validation tasks": self.tasks.val,
+                "tasks": self.config.tasks,
+                "validation tasks": self.config.val_tasks,
                 "packing": self.rendering.packing,
                 "conversations": self.found.conversations,
                 "first rows": self.found.digest,
@@ -249,7 +246,7 @@ class FinetuneStage(Stage):
     def announce(self) -> None:
         optim, config = self.optim_config, self.config
         say(f"from {self.source.folder}, step {self.source.step}")
-        say(f"tasks {self.tasks.train}; measured on {self.tasks.val}")
+        say(f"tasks {self.config.tasks}; measured on {self.config.val_tasks}")
         say(describe_pass(self.found, self.rendering.packing))
         say(
             f"{self.num_steps:,} steps of {self.rows} rows of {self.model.config.sequence_len} "
@@ -307,7 +304,7 @@ class FinetuneStage(Stage):
 
     def validation_rows(self) -> Iterator[PackedRows]:
         source = render_tasks(
-            mixture(self.tasks.val, "test"),
+            mixture(self.config.val_tasks, "test"),
             self.tokenizer,
             self.rendering.packing,
             self.model.config.sequence_len,
