@@ -127,7 +127,7 @@ def summarise(
 
 
 def read_program(config: PlanConfig, compiled: CompiledStep) -> dict[str, Any]:
-    """What only the compiled program tells."""
+    """What is known only from the compiled program."""
     found: dict[str, Any] = {"compiled": True, "max_device_batch_compiled": False}
     if config.max_batch_search:
         found["max_device_batch"] = search_largest(compiled)

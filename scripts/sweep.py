@@ -28,7 +28,6 @@ from nanochat_jax.config import base_dir, parse
 from nanochat_jax.distributed import say
 from nanochat_jax.stages.loop import stop_on_signals
 from nanochat_jax.stages.settings import PretrainConfig
-from nanochat_jax.sweep import plots as draw
 from nanochat_jax.sweep.fits import PowerLaw
 from nanochat_jax.sweep.grid import (
     Run,
@@ -43,6 +42,7 @@ from nanochat_jax.sweep.grid import (
     split_flags,
     train_all,
 )
+from nanochat_jax.sweep.plots import compute_plot, isoflop_plots, seeds_plot
 from nanochat_jax.sweep.results import (
     compare_seeds,
     fit_isoflop,
@@ -188,13 +188,13 @@ def conclude(sweep: Sweep, results: Sequence[RunResult], folder: Path) -> dict[s
     show(*table(results))
     if isinstance(sweep, Isoflop):
         isoflop = fit_isoflop(results)
-        found, plots = isoflop.as_json(), draw.isoflop_plots(isoflop, results)
+        found, plots = isoflop.as_json(), isoflop_plots(isoflop, results)
     elif isinstance(sweep, Miniseries):
         found = fit_miniseries(results)
         law = found["laws"].get("bpb")
-        plots = {"compute": draw.compute_plot(results, PowerLaw(**law) if law else None)}
+        plots = {"compute": compute_plot(results, PowerLaw(**law) if law else None)}
     else:
-        found, plots = compare_seeds(results), {"seeds": draw.seeds_plot(results)}
+        found, plots = compare_seeds(results), {"seeds": seeds_plot(results)}
     for line in sentences(found):
         say(line)
     (folder / "results.csv").write_text(results_csv(results), encoding="utf-8")

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanochat_jax.config import CONFIGS
 from nanochat_jax.data.shards import HUB_DATASETS
-from nanochat_jax.devices import find_device
+from nanochat_jax.devices import find_device, peak_flops
 from nanochat_jax.distributed import GPU_MEMORY_SHARE
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import OptimConfig, make_optimizer
@@ -66,11 +66,9 @@ def disk_bytes(shards: int, checkpoint: int, keep_last: int) -> float:
 
 def mfu(plan: Plan, cost: "StepCost", target: str) -> float | None:
     """Share of the devices' bfloat16 peak that the step reaches; None on a CPU."""
-    device = find_device(target)
-    if device is None:
-        return None
+    peak = peak_flops(target)
     flops = plan.flops_per_token * plan.total_batch_size / plan.n_devices
-    return round(flops / cost.step_s / (device.bf16_tflops * 1e12), 4)
+    return round(flops / cost.step_s / peak, 4) if peak else None
 
 
 # --- arithmetic without a compiler ----------------------------------------------------------------

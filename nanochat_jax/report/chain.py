@@ -152,12 +152,19 @@ def scores(stage: StageRecord) -> dict[str, MetricValue]:
     found[TALK_BPB] = None if on_text else metric(last, "bpb")
     found |= {"CORE": metric(measured, "core"), "ChatCORE": metric(measured, "chatcore")}
     row_names = {name.lower(): name for name in ORIGINAL_ROWS}
-    for name, task in (stage.find("chat_tasks") or {}).items():
-        values = task if isinstance(task, dict) else {"accuracy": task}
-        found[row_names.get(name.lower(), name)] = metric(values, "accuracy")
+    for name, accuracy in chat_tasks(stage).items():
+        found[row_names.get(name.lower(), name)] = accuracy
     if passes := stage.series("val", "pass@1")[1]:
         task = stage.meta.get("identity", {}).get("task", {}).get("name", "its own task")
         found[f"pass@1, {task}"] = MetricValue(passes[-1])
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def chat_tasks(stage: StageRecord) -> dict[str, MetricValue]:
+    """The accuracy of every chat task."""
+    tasks = (stage.find("chat_tasks") or {}).items()
+    values = {name: task if isinstance(task, dict) else {"accuracy": task} for name, task in tasks}
+    found = {name: metric(value, "accuracy") for name, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

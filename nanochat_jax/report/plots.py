@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from nanochat_jax.report.chain import StageRecord, titles
+from nanochat_jax.report.chain import MetricValue, StageRecord, chat_tasks, titles
 
 POINTS = 600  # of a curve; longer ones are averaged down to these
 DASHES = ("-", "--", ":", "-.")
@@ -48,7 +48,7 @@ _LOSS_TITLES = {"pretrain": "Pretraining", "midtrain": "Mid-training", "sft": "F
 
 Chain = Sequence[StageRecord]
 Chains = Sequence[Chain]
-Bars = dict[str, tuple[float, Sequence[float] | None]]  # name -> value, interval
+Bars = dict[str, MetricValue]
 
 
 class Plot(NamedTuple):
@@ -229,8 +229,8 @@ def _draw(axes: Axes, curve: Curve, **style: Any) -> None:
 
 def _core(chains: Chains) -> Plot | None:
     tasks = [(stage, stage.find("core_tasks")) for _, _, stage, _ in _stages(chains)]
-    found: list[tuple[str, Bars]] = [
-        (stage.name, {name: (task["centred"], None) for name, task in of_stage.items()})
+    found = [
+        (stage.name, {name: MetricValue(task["centred"]) for name, task in of_stage.items()})
         for stage, of_stage in tasks
         if of_stage
     ]
@@ -239,20 +239,11 @@ def _core(chains: Chains) -> Plot | None:
 
 
 def _chat(chains: Chains) -> Plot | None:
-    tasks = [(label, stage.find("chat_tasks")) for _, _, stage, label in _stages(chains)]
     found = [
-        (label, {name: _accuracy(task) for name, task in of_stage.items()})
-        for label, of_stage in tasks
-        if of_stage
+        (label, tasks) for _, _, stage, label in _stages(chains) if (tasks := chat_tasks(stage))
     ]
     caption = "Share of questions answered correctly, with its 95 % confidence interval."
     return _bars(found, "Chat tasks", "accuracy", caption)
-
-
-def _accuracy(task: Any) -> tuple[float, Sequence[float] | None]:
-    if isinstance(task, dict):
-        return task["accuracy"], task.get("accuracy_interval")
-    return float(task), None
 
 
 def _bars(groups: Sequence[tuple[str, Bars]], title: str, unit: str, caption: str) -> Plot | None:
@@ -264,11 +255,11 @@ def _bars(groups: Sequence[tuple[str, Bars]], title: str, unit: str, caption: st
     for index, (label, bars) in enumerate(groups):
         offset = (index - (len(groups) - 1) / 2) * thick
         places = [names.index(name) + offset for name in bars]
-        values = [value for value, _ in bars.values()]
+        values = [metric.value for metric in bars.values()]
         axes.barh(places, values, thick * 0.9, color=f"C{index}", label=label)
-        for place, (_, interval) in zip(places, bars.values(), strict=True):
-            if interval:
-                axes.plot(list(interval), [place, place], color=INK, linewidth=1)
+        for place, metric in zip(places, bars.values(), strict=True):
+            if metric.interval:
+                axes.plot(metric.interval, (place, place), color=INK, linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(False, axis="y")

@@ -118,7 +118,7 @@ ENTRY %main (a: bf16[32768,64], i: s32[10]) -> bf16[10,64] {
     assert kernel.bytes == 2 * (10 * 64 * 2) + 40
 
 
-def test_fp8_products_are_told_from_bf16_ones():
+def test_fp8_products_are_distinguished_from_bf16_ones():
     text = entry(
         "%x = f8e4m3fn[64,32]{1,0} parameter(0)",
         "%w = f8e4m3fn[16,32]{1,0} parameter(1)",

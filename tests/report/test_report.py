@@ -364,9 +364,9 @@ def test_models_of_one_base_are_named_by_their_last_stages(tmp_path):
     assert list(sections["Results"][0].heads) == ["Metric", "first", "second"]
     assert sections["Settings that differ"][0].rows == [["lr_frac", "0", "1"]]
     check(to_html(content, "today"))
-    drawn = {plot.title: plot.svg for plot in plots(chains)}
-    assert ">a<" not in drawn["Pretraining loss"]  # one curve, which needs no legend
-    assert all(f">{name}<" in drawn["Fine-tuning loss"] for name in twins)
+    made = {plot.title: plot.svg for plot in plots(chains)}
+    assert ">a<" not in made["Pretraining loss"]  # one curve, which needs no legend
+    assert all(f">{name}<" in made["Fine-tuning loss"] for name in twins)
     with pytest.raises(ValueError, match="some of the runs to compare are of the same model"):
         build([chains[0], chains[0]], 3.0)
 
