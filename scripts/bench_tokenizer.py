@@ -3,11 +3,11 @@
     python scripts/bench_tokenizer.py --dataset ~/my/shards
     python scripts/bench_tokenizer.py --contestants ours ours_iter --max-chars 10000000
 
-Each contestant runs alone in a process of its own, on the same training shards, documents, pattern
-and number of threads; seconds include reading the text, peak memory is of the whole process. `ours`
-reads the Parquet files itself; `ours_iter` is given the same Python iterator as the others. The
-last line is one JSON object. The opponents belong to the development group; one that is not
-installed has null for its figures.
+Each contestant runs in a process of its own, on the same training shards, documents, pattern and
+number of threads; seconds include reading the text, peak memory is that of the whole process.
+`ours` reads the Parquet files itself; `ours_iter` reads the same Python iterator as the others. The
+last line is one JSON object. The opponents belong to the development group; the figures of one that
+is not installed are null.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 ALONE = "--alone"
-if sys.argv[1:2] != [ALONE]:  # a contestant's memory should hold its own modules only
+if sys.argv[1:2] != [ALONE]:  # a contestant's process must not hold the memory of other modules
+    from nanochat_jax.cli import run_script
     from nanochat_jax.config import parse
     from nanochat_jax.data.shards import DocumentBlocks, Shards, list_shards
     from nanochat_jax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -64,7 +65,7 @@ class BenchTokenizerConfig:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a contestant is told; `tokens` is the vocabulary without special tokens."""
+    """What a contestant trains on; `tokens` is the vocabulary without special tokens."""
 
     paths: list[str]
     pattern: str
@@ -75,7 +76,7 @@ class Workload:
 
 
 def documents(workload: Workload) -> Iterator[str]:
-    """The capped documents of the training shards, one row group in memory."""
+    """The capped documents of the training shards, one row group in memory at a time."""
     import pyarrow.parquet as pq
 
     chars = 0
@@ -115,7 +116,7 @@ def train_rustbpe(workload: Workload) -> list[bytes]:
 
 
 def train_hf(workload: Workload) -> list[bytes]:
-    """Its ties fall otherwise, so its merges differ; only time and memory are compared."""
+    """It breaks ties differently, so its merges differ; only time and memory are compared."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -169,7 +170,7 @@ def peak_mib() -> float:
 
 
 def start_alone(name: str, workload: Workload) -> dict[str, Any]:
-    """Runs this script again as one contestant; what it says on stderr passes through."""
+    """Runs this script again as one contestant; its stderr is passed through."""
     threads = {"RAYON_NUM_THREADS": str(workload.threads), "TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
         [sys.executable, __file__, ALONE, name, json.dumps(asdict(workload))],
@@ -184,7 +185,7 @@ def start_alone(name: str, workload: Workload) -> dict[str, Any]:
 
 
 def encode_mb_s(tokenizer: "Tokenizer", shards: "Shards", threads: int) -> float:
-    """Megabytes of validation text that become tokens in a second, on all threads."""
+    """Megabytes of validation text encoded per second, on all threads."""
     texts = DocumentBlocks(shards.val)[0]
     tokenizer.encode_batch(texts[:10], threads=threads)
     start = time.perf_counter()
@@ -215,7 +216,8 @@ def summary(results: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
     return line
 
 
-def main(config: BenchTokenizerConfig) -> None:
+def main() -> None:
+    config = parse(BenchTokenizerConfig, "bench_tokenizer", description=__doc__)
     shards = list_shards(config.dataset)
     workload = Workload(
         paths=[str(path) for path in shards.train],
@@ -250,7 +252,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [ALONE]:
         print(json.dumps(run_alone(sys.argv[2], Workload(**json.loads(sys.argv[3])))))
         sys.exit()
-    try:
-        main(parse(BenchTokenizerConfig, "bench_tokenizer", description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)
