@@ -20,20 +20,20 @@ import tiktoken
 from nanochat_jax import _rustbpe
 from nanochat_jax.config import named_folder, write_atomically
 
-# They take the last ids, in this order. All but the first only occur in conversations.
+# They take the last ids, in this order. All but the first occur only in conversations.
 SPECIAL_TOKENS: tuple[str, ...] = (
-    "<|bos|>",  # begins every document
+    "<|bos|>",  # at the beginning of every document
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls the calculator …
+    "<|python_start|>",  # around the assistant's call of the calculator
     "<|python_end|>",
-    "<|output_start|>",  # … and is given its answer
+    "<|output_start|>",  # around the calculator's output
     "<|output_end|>",
 )
 
-# GPT-4's pattern but for {1,2}: with a small vocabulary, fewer tokens should go to numbers.
+# GPT-4's pattern except for {1,2}: a small vocabulary should spend fewer tokens on numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -42,22 +42,22 @@ SPLIT_PATTERN = (
 RANK_FILE = "tokenizer.tiktoken"
 DESCRIPTION_FILE = "tokenizer.json"
 
-# tiktoken's regex engine panics on a run of a million spaces; nobody writes a tenth of that.
+# tiktoken's regex engine panics on a run of a million spaces.
 MAX_SPACE = 50_000
 LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE},}}+")
 
-type Progress = Callable[[str, int, int], object]
+type TrainProgress = Callable[[str, int, int], object]
 
 
 def tokenizer_folder(name: str | Path) -> Path:
-    """Where a tokenizer lives: a name stands for tokenizer/<name> below the base directory."""
+    """The folder of a tokenizer: a name stands for tokenizer/<name> in the base directory."""
     return named_folder("tokenizer", name)
 
 
 class Tokenizer:
     """A vocabulary: `ranks[i]` are the bytes of token i; the special tokens follow.
 
-    Raises ValueError when the ranks do not begin with the 256 bytes or repeat one another.
+    Raises ValueError unless all 256 bytes are among the ranks and none is repeated.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Tokenizer:
             special_tokens=self._special,
         )
 
-    # --- making and keeping -----------------------------------------------------------------------
+    # --- training and saving ----------------------------------------------------------------------
 
     @classmethod
     def train(
@@ -95,12 +95,12 @@ class Tokenizer:
         doc_cap: int | None = 10_000,
         max_chars: int | None = None,
         threads: int | None = None,
-        progress: Progress | None = None,
+        progress: TrainProgress | None = None,
     ) -> "Tokenizer":
         """Learns the merges from `texts`, or straight from the `column` of Parquet files.
 
         `vocab_size` includes the special tokens; a corpus too small for it gives fewer. Documents
-        are cut to `doc_cap` characters, and reading ends after the one that passes `max_chars`.
+        are cut to `doc_cap` characters; reading ends after the one that passes `max_chars`.
         `progress` is called about ten times a second with ("count", characters, max_chars or 0),
         then ("merge", done, total). Raises ValueError for input that cannot be trained on.
         """
@@ -140,8 +140,8 @@ class Tokenizer:
         ranks = _read_ranks(folder / RANK_FILE)
         if description["mergeable_tokens"] != len(ranks):
             raise ValueError(
-                f"{folder / RANK_FILE} has {len(ranks)} tokens where {DESCRIPTION_FILE} beside it "
-                f"speaks of {description['mergeable_tokens']}: they are not of the same tokenizer"
+                f"{folder / RANK_FILE} has {len(ranks)} tokens, but {DESCRIPTION_FILE} says "
+                f"{description['mergeable_tokens']}: they are not of the same tokenizer"
             )
         return cls(
             ranks,
@@ -151,7 +151,7 @@ class Tokenizer:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the two files; the description comes last, so that a folder with it is whole."""
+        """Writes the two files; the description last, so that a folder that has it is complete."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -186,13 +186,13 @@ class Tokenizer:
             raise ValueError(f"no special token {name!r}; there are {known}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text: what looks like a special token is text too."""
+        """Ids of ordinary text; what looks like a special token is encoded as text, too."""
         return list(chain.from_iterable(map(self._encoding.encode_ordinary, _safe_parts(text))))
 
     def encode_batch(
         self, texts: Sequence[str], *, prepend_bos: bool = False, threads: int = 8
     ) -> list[list[int]]:
-        """`encode` for many texts on several threads, each preceded by <|bos|> if wanted."""
+        """`encode` for many texts on several threads, optionally with <|bos|> before each."""
         parts = [_safe_parts(text) for text in texts]
         encoded = iter(
             self._encoding.encode_ordinary_batch(
@@ -203,7 +203,7 @@ class Tokenizer:
         return [[*opening, *chain.from_iterable(islice(encoded, len(text)))] for text in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of any ids, special ones by their names; bytes that are not UTF-8 become U+FFFD."""
+        """Text of any ids, special ones as their names; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -217,7 +217,7 @@ class Tokenizer:
         return self._encoding.decode_bytes(ids)
 
     def token_bytes(self) -> np.ndarray:
-        """How many bytes each token stands for, int32 (vocab_size,); 0 for special tokens."""
+        """The length of each token in bytes, int32 (vocab_size,); 0 for special tokens."""
         lengths = [len(token) for token in self.ranks] + [0] * len(self._special)
         return np.array(lengths, dtype=np.int32)
 
@@ -226,10 +226,11 @@ class Tokenizer:
     def render_conversation(
         self, conversation: Mapping[str, Any], max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
-        """Ids of {"messages": […]} and a mask of equal length, 1 where the assistant is to learn.
+        """Ids of {"messages": […]} and a mask of equal length, 1 where tokens are supervised.
 
-        That is its text, its calls of Python with their markers, and <|assistant_end|>, but not
-        what Python answered. Both are cut to `max_tokens`. ValueError names the message at fault.
+        These are the assistant's text, its calls of Python with their markers, and
+        <|assistant_end|>, but not Python's output. Both are cut to `max_tokens`. ValueError names
+        the message at fault.
         """
         ids, mask = [self.bos_id], [0]
         for message in _merge_system(*_split_system(conversation)):
@@ -241,11 +242,11 @@ class Tokenizer:
     def render_for_completion(
         self, conversation: Mapping[str, Any], max_tokens: int = 2048
     ) -> list[int]:
-        """The prompt that asks for the last message, which must be the assistant's, once more."""
+        """The prompt for the last message, which must be the assistant's and is left out."""
         messages = _messages(conversation)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError(
-                "the last message must be the assistant's, whose place a completion takes; "
+                "the last message must be the assistant's, which a completion replaces; "
                 "render_prompt is for a conversation that ends with the user"
             )
         return self.render_prompt({**conversation, "messages": messages[:-1]}, max_tokens)
@@ -253,9 +254,9 @@ class Tokenizer:
     def render_prompt(self, conversation: Mapping[str, Any], max_tokens: int = 2048) -> list[int]:
         """Ids of a conversation that ends with the user, and <|assistant_start|>.
 
-        When they would be more than `max_tokens`, the oldest turns are left out, question and
-        answer together; a system message stays with the oldest question kept. A last question that
-        is too long alone loses its beginning, never its markers.
+        If they would be more than `max_tokens`, the oldest turns are left out, question and answer
+        together; a system message moves to the oldest question kept. A last question that is too
+        long by itself loses its beginning, but not its markers.
         """
         system, messages = _split_system(conversation)
         if messages[-1]["role"] != "user":
@@ -305,7 +306,7 @@ class _Segment(NamedTuple):
     is_supervised: int
 
 
-# Parts of an assistant's message: the name of their markers, and whether they are learned.
+# Parts of an assistant's message: the name of their markers, and whether they are supervised.
 _MARKED_PARTS = {"python": ("python", 1), "python_output": ("output", 0)}
 
 
@@ -322,7 +323,7 @@ def _check_limits(vocab_size: int, **limits: int | None) -> None:
 
 
 def _safe_parts(text: str) -> list[str]:
-    """The text, cut inside absurdly long runs of white space: what tiktoken can take in at once."""
+    """The text, cut within very long runs of white space: parts that tiktoken can encode."""
     if len(text) < MAX_SPACE:
         return [text]
     runs = LONG_SPACE.finditer(text)
@@ -331,7 +332,7 @@ def _safe_parts(text: str) -> list[str]:
 
 
 def _split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
-    """A leading system message, and the rest: checked, turn by turn the user's and assistant's."""
+    """A leading system message, and the rest, checked to alternate between user and assistant."""
     messages = _messages(conversation)
     system = None
     if messages and messages[0]["role"] == "system":
@@ -347,7 +348,7 @@ def _split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Map
 
 
 def _messages(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A copy of the list of messages, of which each at least has a role."""
+    """A copy of the list of messages, each checked to have a role."""
     messages = conversation.get("messages")
     if not isinstance(messages, list | tuple):
         raise ValueError('a conversation has a list of messages: {"messages": [{"role": "user", …')
@@ -404,7 +405,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     keys = ("pattern", "mergeable_tokens", "special_tokens")
     missing = [key for key in keys if key not in description]
     if missing:
-        raise ValueError(f"{path} is not of a tokenizer of ours: it lacks {', '.join(missing)}")
+        raise ValueError(
+            f"{path} does not describe a nanochat_jax tokenizer: it lacks {', '.join(missing)}"
+        )
     return description
 
 

@@ -1,14 +1,14 @@
-"""Fetches the data of all later stages at once, to be used here or copied elsewhere.
+"""Downloads the data of all stages after pretraining, to be used here or copied elsewhere.
 
     python scripts/prefetch.py                      # everything, about 1 GB, mostly SmolTalk
     python scripts/prefetch.py --stages rl,eval     # only what these stages need
     python scripts/prefetch.py --tasks gsm8k:train,arc-easy:test
-    python scripts/prefetch.py --offline            # no network: is all there, and unaltered?
+    python scripts/prefetch.py --offline            # no network: checks what is there
 
-All goes to one folder, task_data below the base directory (or NANOCHAT_TASK_DATA), with a manifest
-of sizes and sha256. For a machine without a network, copy the folder and run --offline there; with
-HF_HUB_OFFLINE=1 the stages then never ask the hub. Cut off, the same command goes on where it was.
-The text of pretraining is fetched by scripts/download.py.
+All goes to one folder, task_data in the base directory (or NANOCHAT_TASK_DATA), with a manifest of
+sizes and sha256. For a machine without a network, copy the folder and run --offline there; with
+HF_HUB_OFFLINE=1 the stages then never ask the hub. After an interruption, run the same command
+again. scripts/download.py downloads the text for pretraining.
 """
 
 from dataclasses import dataclass

@@ -154,7 +154,7 @@ def test_progress_runs_through_both_stages():
     stages = [[now for now in seen if now[0] == stage] for stage in ("count", "merge")]
     assert seen == [*stages[0], *stages[1]]
     for stage, total in zip(stages, (10**9, 44), strict=True):
-        assert stage, "each is told of at least once"
+        assert stage, "each is reported at least once"
         assert all(now[2] == total for now in stage)
         assert [now[1] for now in stage] == sorted(now[1] for now in stage)
     assert seen[-1] == ("merge", 44, 44)

@@ -123,7 +123,7 @@ def test_eval_without_the_gpt_tokenizers(run, dataset, tmp_path):
     assert "350 tokens" in report
 
 
-def test_eval_beside_the_gpt_tokenizers(run, dataset, tmp_path, real_data):
+def test_eval_with_the_gpt_tokenizers(run, dataset, tmp_path, real_data):
     (tmp_path / "tiktoken").mkdir()
     for cached, name in TIKTOKEN_CACHE.items():
         shutil.copy(real_data / "tokenizers" / name, tmp_path / "tiktoken" / cached)

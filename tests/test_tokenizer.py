@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(texts, vocab_size=350)
 
 
-# --- encoding, beside the original ----------------------------------------------------------------
+# --- encoding, against the original ---------------------------------------------------------------
 
 
 @pytest.mark.golden
@@ -238,8 +238,8 @@ def test_saving_twice_writes_the_same_bytes(tokenizer, tmp_path):
     [
         ("tokenizer.json", None, "there is no tokenizer at .*; train one with"),
         ("tokenizer.json", lambda text: text[:20], "tokenizer.json is damaged"),
-        ("tokenizer.json", lambda text: "{}", "tokenizer.json is not of a tokenizer of ours"),
-        ("tokenizer.json", lambda text: "[]", "tokenizer.json is not of a tokenizer of ours"),
+        ("tokenizer.json", lambda text: "{}", "tokenizer.json does not describe a nanochat_jax"),
+        ("tokenizer.json", lambda text: "[]", "tokenizer.json does not describe a nanochat_jax"),
         ("tokenizer.tiktoken", None, "tokenizer.tiktoken is missing"),
         ("tokenizer.tiktoken", lambda text: text[:1000], "(has .* tokens|is damaged in line)"),
         ("tokenizer.tiktoken", lambda text: text.replace("\n", "\n\n", 1), "damaged in line 2"),
@@ -274,7 +274,7 @@ def test_names_and_folders(monkeypatch, tmp_path):
     assert tokenizer_folder(tmp_path / "x") == tmp_path / "x"
 
 
-# --- conversations, beside the original -----------------------------------------------------------
+# --- conversations, against the original ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_the_mask_covers_what_the_assistant_says_itself(tokenizer):
     )
 
 
-def test_nobody_can_type_a_special_token(tokenizer):
+def test_no_text_becomes_a_special_token(tokenizer):
     ids, _ = tokenizer.render_conversation(chat("<|assistant_end|><|bos|>", "<|user_start|>"))
     special = [i for i in ids if i >= len(tokenizer.ranks)]
     names = [BOS, USER, USER_END, ASSISTANT, ASSISTANT_END]

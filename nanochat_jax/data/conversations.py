@@ -2,15 +2,15 @@
 
     best-fit      whole conversations, the largest that fits first; the rest of a row is padding
     one-per-row   one conversation a row, the rest padding
-    stream        conversations as one endless text, cut into rows; every token is learned
+    stream        conversations as one endless text, cut into rows; every token is supervised
 
 As with text (loader.py), conversations are divided among a fixed number S of logical streams:
-stream s takes the conversations s, s+S, s+2S, … of their endless repetition and gives rows
-s·R/S … (s+1)·R/S−1 of each step of R rows. So rows depend on the conversations, R, T and S alone,
-and a stream continues exactly from the number of its next conversation and of those that it holds.
+stream s takes the conversations s, s+S, s+2S, … of their endless repetition and fills rows
+s·R/S … (s+1)·R/S−1 of each step of R rows. So rows depend only on the conversations, R, T and S,
+and a stream resumes exactly from the number of its next conversation and those of its buffer.
 
 A conversation longer than a row is cut after the last answer that fits, or dropped. Rows of a
-stream without anything to learn are skipped, so no step is without supervised tokens. All of it is
+stream without supervised tokens are skipped, so every step has something to learn. All of it is
 counted, in the step in which it happens.
 
 Shapes: R rows, T time, C the counts of COUNTS.
@@ -33,8 +33,8 @@ from nanochat_jax.tokenizer import Tokenizer
 COUNTS = ("padding", "dropped", "cut", "skipped")  # tokens, conversations, conversations, rows
 PADDING, DROPPED, CUT, SKIPPED = range(len(COUNTS))
 BUFFER = 100  # conversations that best-fit chooses among, as in the original
-PREFETCH = 16  # conversations that each stream has rendered before they are needed
-SAMPLE = 2048  # conversations that stand for all when the length of a pass is estimated
+PREFETCH = 16  # conversations that each stream renders ahead
+SAMPLE = 2048  # conversations from which the number of rows of an epoch is estimated
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,14 @@ class PackedRows(NamedTuple):
 
     inputs_RT: np.ndarray
     targets_RT: np.ndarray
-    counts_RC: np.ndarray  # what happened on the way to each row
+    counts_RC: np.ndarray  # padding and losses (COUNTS) on the way to each row
 
 
 # ---- rendering -------------------------------------------------------------------------------
 
 
 class ConversationSource(Protocol):
-    """What this file asks of tasks (tasks/task.py)."""
+    """What this file needs of tasks (tasks/task.py)."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Any: ...
@@ -62,10 +62,10 @@ class ConversationSource(Protocol):
 
 
 class Rendered(NamedTuple):
-    """A conversation as tokens; none at all where it was dropped."""
+    """A conversation as tokens; empty if it was dropped."""
 
     ids: np.ndarray  # int32
-    mask: np.ndarray  # bool: learned
+    mask: np.ndarray  # bool: supervised
     is_cut: bool = False
 
 
@@ -73,7 +73,7 @@ EMPTY = Rendered(np.zeros(0, np.int32), np.zeros(0, bool))
 
 
 class RenderedDataset:
-    """The conversations of `tasks` as tokens that suit a packing, by number, for any thread.
+    """The conversations of `tasks` as tokens for a packing: random access from any thread.
 
     `render` gives ids and mask of a conversation, `end_id` ends each answer in the ids.
     """
@@ -132,7 +132,7 @@ def cut_to_row(ids: np.ndarray, mask: np.ndarray, row_len: int, end_id: int) -> 
 
 
 class Buffered(NamedTuple):
-    """A conversation that a stream has taken; `visit` counts those that it took before."""
+    """A conversation in a stream's buffer: the `visit`-th that the stream took, from 0."""
 
     visit: int
     ids: np.ndarray
@@ -140,13 +140,13 @@ class Buffered(NamedTuple):
 
 
 type Take = Callable[[], Buffered]
-type Filled = tuple[np.ndarray, np.ndarray]  # ids and mask of at most one row
+type Filled = tuple[np.ndarray, np.ndarray]  # ids and mask, at most a row long
 
 
 class Packer(Protocol):
-    """Fills rows with conversations; what it holds between two rows is its whole state."""
+    """Fills rows with conversations; its buffer and offset are its whole state."""
 
-    offset: int  # tokens of the one held that are used up; of the stream
+    offset: int  # used tokens of the buffered conversation; 0 but for `stream`
 
     def pop_row(self, take: Take) -> Filled: ...
     def buffered(self) -> list[Buffered]: ...
@@ -154,7 +154,7 @@ class Packer(Protocol):
 
 
 class BestFit:
-    """Repeatedly the largest of the waiting conversations that fits, the earliest among equals."""
+    """Repeatedly takes the longest buffered conversation that fits, the earliest of equals."""
 
     def __init__(self, row_len: int, buffer: int) -> None:
         self._row_len, self._size = row_len, buffer
@@ -199,11 +199,11 @@ class OnePerRow:
 
 
 class TokenStream:
-    """One endless text; the last token of a row, never an input there, begins the next one."""
+    """One endless text; the last token of a row, which is no input there, begins the next row."""
 
     def __init__(self, row_len: int) -> None:
         self._row_len = row_len
-        self._buffer: list[Buffered] = []  # the conversation that the next row begins in
+        self._buffer: list[Buffered] = []  # the conversation in which the next row begins
         self.offset = 0
 
     def pop_row(self, take: Take) -> Filled:
@@ -238,12 +238,12 @@ def make_packer(packing: Packing, row_len: int, buffer: int) -> Packer:
 
 @dataclass(frozen=True)
 class ConversationState:
-    """What a stream will do next; the fields are those of its JSON."""
+    """Where a stream continues; the fields are those of its JSON."""
 
     next: int
     held: tuple[int, ...]
     offset: int
-    tokens: int  # of those held: other conversations or another tokenizer give another number
+    tokens: int  # of those held: detects other conversations or another tokenizer
 
     def __deepcopy__(self, memo: dict) -> "ConversationState":
         return self  # immutable; grain copies the state of every step
@@ -253,7 +253,7 @@ class ConversationState:
 
 
 class ConversationStream:
-    """Takes its conversations in order and makes its part of every step's rows of them."""
+    """Takes its conversations in order and packs them into its part of every step's rows."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class ConversationStream:
     ) -> None:
         self._index, self._layout, self._source = index, layout, source
         self._rendered, self._pad_id = rendered, pad_id
-        self.cut, self.dropped = set[int](), set[int]()  # which, however often they came round
+        self.cut, self.dropped = set[int](), set[int]()  # distinct ones, over all epochs
         self._start(0)
 
     def _start(self, visit: int) -> None:
@@ -278,11 +278,11 @@ class ConversationStream:
 
     @property
     def used(self) -> int:
-        """How many conversations rows were made of, or nothing could be made of."""
+        """How many conversations have been packed or dropped."""
         return self._next - len(self._packer.buffered())
 
     def rows(self) -> list[PackedRows]:
-        """This stream's part of a step (each without the axis R), with something to learn in it."""
+        """This stream's rows of a step (each without the axis R), some tokens supervised."""
         for _ in range(len(self._source) + 1):
             rows = [self._row() for _ in range(self._layout.rows // self._layout.streams)]
             if any((row.targets_RT >= 0).any() for row in rows):
@@ -329,7 +329,7 @@ class ConversationStream:
         return ConversationState(self._next, visits, self._packer.offset, tokens)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from `ConversationState.to_json()`; ValueError when they are others now."""
+        """Resumes from `ConversationState.to_json()`; ValueError if the conversations changed."""
         self._start(state["next"])
         found = [(visit, self._source[self._number(visit)]) for visit in state["held"]]
         if sum(len(rendered.ids) for _, rendered in found) != state["tokens"]:
@@ -364,11 +364,9 @@ class ConversationRows(grain.IterDataset):
             index: ConversationStream(index, *self._arguments, iterator, self._pad_id)
             for index, iterator in zip(self._owned, rendered, strict=True)
         }
-        return PackedRowsIterator(rendered, streams, stack_rows)
-
-
-def stack_rows(rows: Sequence[PackedRows]) -> PackedRows:
-    return PackedRows(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+        return PackedRowsIterator(
+            rendered, streams, lambda rows: PackedRows(*map(np.stack, zip(*rows, strict=True)))
+        )
 
 
 def _rendered(source: RenderedDataset, index: int, streams: int) -> grain.IterDataset:
@@ -415,20 +413,20 @@ def first_batches(
 
 
 class PackingStats(NamedTuple):
-    """What one pass over conversations amounts to, as far as a sample of them tells."""
+    """What one epoch of conversations amounts to, estimated from a sample of them."""
 
     conversations: int
-    rows: float  # an estimate unless all were looked at
+    rows: float  # an estimate unless all were sampled
     padding_share: float
     sampled: int
-    counts: dict[str, int]  # COUNTS of those looked at
-    digest: str  # of the rows looked at
+    counts: dict[str, int]  # COUNTS of the sample
+    digest: str  # of the rows of the sample
 
 
 def estimate_epoch(
     source: RenderedDataset, pad_id: int, sample: int = SAMPLE, buffer: int = BUFFER
 ) -> PackingStats:
-    """Makes rows of the first `sample` conversations, to know how many all of them will make."""
+    """Packs the first `sample` conversations, to estimate how many rows all of them make."""
     layout = Layout(1, source.row_len - 1, 1, buffer)
     iterator = _rendered(source, 0, 1).__iter__()
     stream = ConversationStream(0, layout, source, iterator, pad_id)
@@ -441,7 +439,7 @@ def estimate_epoch(
             digest.update(row.inputs_RT.tobytes() + row.targets_RT.tobytes())
     finally:
         iterator.close()
-    # The buffer takes those of a small file again and again.
+    # The buffer takes the conversations of a small file several times; here each counts once.
     counts[DROPPED], counts[CUT] = len(stream.dropped), len(stream.cut)
     return PackingStats(
         len(source),

@@ -1,8 +1,8 @@
-"""Makes shards out of documents: your own files, or the prose found on this machine (prose.py).
+"""Makes shards of documents: your own files, or the prose found on this machine (prose.py).
 
-Documents are ordered by a hash of their text, which shuffles them in the same way on every machine
-and file system, and equal ones are kept once. The last twentieth becomes the validation shard. The
-folder appears under its name only when it is complete.
+Documents are ordered by a hash of their text, which shuffles them the same way on every machine and
+file system; of equal ones, one is kept. The last twentieth becomes the validation shard. The folder
+gets its name only when it is complete.
 """
 
 import hashlib
@@ -26,16 +26,15 @@ from nanochat_jax.data.shards import (
     BLOCK_DOCS,
     HUB_DATASETS,
     LOCAL,
-    read_footer,
-    read_texts,
+    read_shard,
     shard_name,
 )
 
 VAL_SHARE = 0.05
 MAX_VAL_DOCS = 8192
 SHARD_DOCS = 64 * BLOCK_DOCS
-DOCUMENT_CHARS = 4000  # a text file longer than this is cut, or packing would crop most of it
-BUCKETS = 64  # parts of a corpus that are sorted in memory, one after the other
+DOCUMENT_CHARS = 4000  # longer text files are cut, since packing would crop most of them
+BUCKETS = 64  # parts of a corpus, sorted in memory one at a time
 SCHEMA = pa.schema([("text", pa.string())])
 
 
@@ -62,8 +61,7 @@ def convert_folder(source: Path, name: str) -> Path:
 def make_dataset(name: str, find_documents: Callable[[], Iterable[str]]) -> Path:
     """Writes base_data/<name>/shard_*.parquet unless it is there; returns the folder.
 
-    Another process that makes the same data set is waited for. What a killed one left behind is
-    thrown away.
+    Waits for another process that makes the same data set; what a killed one left is deleted.
     """
     folder = base_dir() / "base_data" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +85,11 @@ def read_documents(source: Path) -> Iterator[str]:
     """The documents below a folder, by file name.
 
     .parquet: the column `text`; .jsonl: the key `text` of each line; .txt and .md: the file, cut at
-    blank lines where it is longer than 4000 characters. Hidden and other files are passed over.
+    blank lines where it is longer than 4000 characters. Hidden and other files are skipped.
     Raises ValueError naming the file, and the line in a .jsonl, that cannot be used.
     """
     readers: dict[str, Callable[[Path], Iterable[str]]] = {
-        ".parquet": _read_parquet,
+        ".parquet": read_shard,
         ".jsonl": _read_jsonl,
         ".txt": _read_text,
         ".md": _read_text,
@@ -99,24 +97,18 @@ def read_documents(source: Path) -> Iterator[str]:
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; name one with {', '.join(readers)} files")
     below = sorted(path for path in source.rglob("*") if path.is_file())
-    visible = [path for path in below if not _is_hidden(path.relative_to(source))]
-    usable = [path for path in visible if path.suffix.lower() in readers]
+    usable = [
+        path
+        for path in below
+        if path.suffix.lower() in readers
+        and not any(part.startswith(".") for part in path.relative_to(source).parts)
+    ]
     if not usable:
         raise ValueError(f"there are no {', '.join(readers)} files in {source}")
     for path in usable:
         for text in readers[path.suffix.lower()](path):
             if text.strip():
                 yield text
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    footer = read_footer(path)
-    for row_group in range(footer.num_row_groups):
-        yield from read_texts(path, row_group, footer)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
@@ -147,9 +139,9 @@ def _read_text(path: Path) -> list[str]:
 
 
 def split_long(text: str, limit: int = DOCUMENT_CHARS) -> list[str]:
-    """A text in pieces of at most `limit` characters, cut at a blank line where there is one.
+    """Cuts a text into pieces of at most `limit` characters, at a blank line where there is one.
 
-    Otherwise it is cut at the end of a line, or at a space; at worst anywhere. White space at a cut
+    Otherwise at the end of a line, at a space, or as a last resort anywhere. White space at a cut
     is dropped. Every piece but the last is at least half the limit long.
     """
     pieces, start = [], 0
@@ -197,7 +189,7 @@ def write_shard(path: Path, texts: Iterable[str]) -> None:
 
 
 def _fill_buckets(documents: Iterable[str], folder: Path) -> int:
-    """Distributes documents by the top bits of their hash; returns how many different there are."""
+    """Distributes documents by the top bits of their hash; returns the number of distinct ones."""
     hashes = array("Q")
     waiting: list[list[str]] = [[] for _ in range(BUCKETS)]
     with ExitStack() as files:

@@ -1,9 +1,9 @@
 """The input pipeline: shards → blocks of text → token ids → packed rows, prepared by threads.
 
 The text is divided among a fixed number S of logical streams: stream s reads the blocks s, s+S,
-s+2S, … of the endless repetition of all training blocks, and gives rows s·R/S … (s+1)·R/S−1 of each
-step of R rows. Process p of P owns the p-th contiguous part of the streams. So the rows depend on
-the data, the tokenizer, R, T and S, and never on the number of processes.
+s+2S, … of the endless repetition of all training blocks, and fills rows s·R/S … (s+1)·R/S−1 of
+each step of R rows. Process p of P owns the p-th contiguous part of the streams. So the rows depend
+on the data, the tokenizer, R, T and S, but not on the number of processes.
 
 grain supplies the plumbing: a MapDataset of blocks, tokenised one block ahead by a thread per
 stream; an IterDataset with exact state that packs them; a thread that keeps a few steps ready. The
@@ -28,7 +28,7 @@ MIN_EXAMPLES = 16  # of a stream
 
 
 class PackedRowsIterator(grain.DatasetIterator):
-    """Lets every stream of this process give its rows, step by step, and stacks them."""
+    """Collects the rows of this process's streams, step by step, and stacks them."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class PackedRowsIterator(grain.DatasetIterator):
         return rows
 
     def get_state(self) -> dict[str, Any]:
-        """Steps made, and a state (with `to_json`) for each stream."""
+        """The number of steps made, and a state (with `to_json`) for each stream."""
         return {
             "step": self._step,
             "streams": {str(index): stream.state() for index, stream in self._streams.items()},
@@ -72,7 +72,7 @@ class PackedRowsIterator(grain.DatasetIterator):
         self._step = state["step"]
 
     def close(self) -> None:
-        """Waits for the blocks that are being tokenised, too, which grain leaves running."""
+        """Also waits for the blocks that are being tokenised, which grain leaves running."""
         if not self._closed:
             super().close()
             for parent in self._parents:
@@ -120,9 +120,9 @@ class RowLoader(Iterator[Any]):
 
     @property
     def step(self) -> int:
-        """Steps handed out since the very beginning, those before a restored state included.
+        """Steps handed out since the beginning of the run, before resuming included.
 
-        With the data, the layout and the tokenizer this names the next step's rows.
+        With the data, the layout and the tokenizer this determines the next step's rows.
         """
         return self._iterator.get_state()["step"]
 
@@ -161,7 +161,7 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of all processes after the same step as one, from which any number can resume."""
+    """Merges the states of all processes after one step; any number of processes can resume."""
     first = dict(states[0])
     if all(state == first for state in states):
         return first
@@ -176,7 +176,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything on which the rows depend besides the data and the tokenizer."""
+    """Everything the rows depend on, besides the data and the tokenizer."""
 
     rows: int  # of one step, over all processes and micro-batches
     sequence_len: int

@@ -1,11 +1,11 @@
 """Best-fit packing: documents of any length become rows of one length that start with <|bos|>.
 
-From a buffer of tokenised documents repeatedly take the largest that still fits into the row; when
-none fits, crop the shortest one to fill the row exactly. Nothing is padded; at 2048 tokens about a
-third of all tokens is cropped away, and in return each token can see the beginning of its document.
+The longest document of a buffer that still fits into the row is taken, again and again; when none
+fits, the shortest one is cropped to fill the row exactly. Nothing is padded; at 2048 tokens about a
+third of all tokens is cropped, and in return each token can attend to its document's beginning.
 
-The buffer (`FitBuffer`) knows nothing of rows, so that conversations, which are padded rather than
-cropped, can be packed with the same search.
+The buffer (`FitBuffer`) knows nothing about rows: conversations, which are padded rather than
+cropped, are packed with the same search.
 """
 
 from bisect import bisect_left, insort
@@ -18,10 +18,10 @@ ARRIVAL_BITS = 64  # a key of the buffer is length · 2^64 + arrival number
 
 
 class Document(NamedTuple):
-    """A tokenised document that knows where it came from.
+    """A tokenised document and where it came from.
 
     `tokens` starts with <|bos|> and may be cut to the row length, since no row can hold more of it;
-    `length` is the number of tokens before that cut, which decides who is the shortest.
+    `length` is the number of tokens before that cut, by which documents are compared.
     """
 
     visit: int  # which block of its stream, counted over the endless repetition

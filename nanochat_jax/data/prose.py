@@ -1,8 +1,8 @@
 """Finds English prose on any machine that runs this program: Python's own documentation.
 
 Sources are the docstrings of the standard library and of the installed packages, their .rst, .md
-and .txt files, and the texts behind Python's `help()`. Nothing is imported or run: the texts are
-cut out of the files. Code, tables, duplicates and what does not read like English is left out.
+and .txt files, and the texts of Python's `help()`. Nothing is imported or run: the texts are
+extracted from the files, without code, tables, duplicates and what does not read like English.
 """
 
 import ast
@@ -25,20 +25,20 @@ COMMON_WORDS = frozenset(
     )
 )
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
-# Licences are one text many times over; the others are lists of names, versions and packages.
+# Licences repeat one text many times; the others are lists of names, versions and packages.
 SKIPPED_FILES = re.compile(
     r"licen[cs]e|copying|notice|author|contributors|require|news|history|change", re.IGNORECASE
 )
 
-# A string standing alone where a docstring can: at the top of a file, or below a line that ends in
-# ':'. Finding these takes a tenth of the time of parsing whole files.
+# A string where a docstring can be: at the top of a file, or below a line that ends in ':'. Finding
+# these takes a tenth of the time of parsing whole files.
 _REST_OF_LINE = r"[ \t]*(?:\#[^\n]*)?\n"
 _LITERAL = r"""(?P<literal>[rRuU]?(?P<quote>\"{3}|'{3})(?:[^\\]|\\.)*?(?P=quote))"""
 DOCSTRING = re.compile(rf"(?:\A|:{_REST_OF_LINE})(?:{_REST_OF_LINE})*[ \t]*{_LITERAL}", re.DOTALL)
 
 
 def find_prose(roots: Sequence[Path] | None = None) -> Iterator[str]:
-    """Documents of at least 200 characters, in no particular order, no two of the same words."""
+    """Documents of at least 200 characters, in no particular order, no two with the same words."""
     seen: set[str] = set()
     for path in _files(python_folders() if roots is None else roots):
         for raw in texts_of(path):
@@ -88,7 +88,7 @@ def docstrings(source: str) -> list[str]:
 
 def _value(literal: str) -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escape sequences
+        warnings.simplefilter("ignore")  # invalid escape sequences in packages
         try:
             return ast.literal_eval(literal)
         except (SyntaxError, ValueError):
@@ -110,7 +110,7 @@ def clean(text: str) -> str:
     """The text without code blocks, interactive examples, directives and lines without a letter."""
     kept: list[str] = []
     fenced = example = False
-    block_indent = -1  # of the line whose deeper block is being left out
+    block_indent = -1  # of the line whose indented block is being skipped
     for line in text.expandtabs().splitlines():
         stripped = line.strip()
         indent = len(line) - len(line.lstrip())
@@ -131,7 +131,7 @@ def clean(text: str) -> str:
 
 
 def reads_like_english(text: str) -> bool:
-    """Whether a text is long enough, mostly letters, and has the small words of English."""
+    """Whether a text is long enough, mostly letters, and has enough common English words."""
     words = re.findall(r"[a-z]+", text.lower())
     solid = "".join(text.split())
     if len(text) < MIN_CHARS or not words:

@@ -1,13 +1,13 @@
 """Which Parquet shards belong to a data set, and reading documents out of them.
 
-A data set is a folder of files shard_00000.parquet … with a column `text`, a row a document. The
-last file is the validation shard, the others are for training. `scripts/download.py` fetches or
-makes such folders; any other folder of that kind can be named by its path.
+A data set is a folder of files shard_00000.parquet … with a column `text`, a document per row. The
+last file is the validation shard, the others are for training. `scripts/download.py` downloads or
+makes such folders; any other such folder can be named by its path.
 """
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 
 from nanochat_jax.config import named_folder
 
-BLOCK_DOCS = 1024  # documents in a row group of the published shards, and in a block at most
+BLOCK_DOCS = 1024  # documents in a row group of the published shards; at most so many in a block
 
 
 class HubDataset(NamedTuple):
-    """A data set on the hub: shard_00000 … shard_<last>, the last being for validation."""
+    """A data set on the hub: shard_00000 … shard_<last>, the last one for validation."""
 
     repo_id: str
     last_shard: int
@@ -46,14 +46,14 @@ def shard_name(index: int) -> str:
 
 
 def dataset_folder(dataset: str | Path) -> Path:
-    """Where a data set lives: a name stands for base_data/<name>, a path for itself."""
+    """The folder of a data set: a name stands for base_data/<name>, a path for itself."""
     named = named_folder("base_data", dataset)
     is_data_set = dataset in HUB_DATASETS or dataset == LOCAL or named.is_dir()
     return named if is_data_set else Path(dataset).expanduser()
 
 
 def list_shards(dataset: str | Path) -> Shards:
-    """The shards of a data set by name or folder, the last one (by name) being for validation.
+    """The shards of a data set by name or folder, the last one (by name) for validation.
 
     Raises ValueError, saying what to do, when the folder or the validation shard is missing or
     there are fewer than two shards.
@@ -104,8 +104,8 @@ class DocumentBlocks:
     """Random access to the blocks of a list of shards (a grain data source).
 
     A row group of up to 1024 documents, as in the published shards, is one block. Larger ones are
-    cut, and all are cut finer until there are `min_blocks`, so that as many streams can read
-    different text whatever the shape of somebody's files. Raises ValueError naming the file that is
+    cut, and all are cut further until there are `min_blocks`, so that so many streams can read
+    different text whatever the row groups of the files. Raises ValueError naming the file that is
     unreadable, empty or without a text column.
     """
 
@@ -113,8 +113,13 @@ class DocumentBlocks:
         with ThreadPoolExecutor(8) as pool:
             footers = list(pool.map(read_footer, paths))
         self._footers = dict(zip(paths, footers, strict=True))
-        counts = [_row_group_sizes(footer) for footer in footers]
-        self.fingerprint = _fingerprint(paths, counts)
+        counts = [
+            [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+            for footer in footers
+        ]
+        # Identifies the text by the names of the files and the sizes of their row groups.
+        named = [(path.name, sizes) for path, sizes in zip(paths, counts, strict=True)]
+        self.fingerprint = hashlib.sha256(repr(named).encode()).hexdigest()[:16]
         self.blocks = _cut(paths, counts, min_blocks)
         self._recent: dict[tuple[Path, int], pa.ChunkedArray] = {}  # large row groups just decoded
         self._lock = threading.Lock()
@@ -137,7 +142,7 @@ class DocumentBlocks:
         footer = self._footers[block.path]
         if footer.row_group(block.row_group).num_rows <= BLOCK_DOCS:
             return _read_row_group(*key, footer)
-        with self._lock:  # decoding a large row group once serves all of its blocks
+        with self._lock:  # a large row group is decoded once for all of its blocks
             if key not in self._recent:
                 while len(self._recent) >= 2:
                     self._recent.pop(next(iter(self._recent)))
@@ -165,9 +170,11 @@ def read_footer(path: Path) -> pq.FileMetaData:
     return footer
 
 
-def read_texts(path: Path, row_group: int, footer: pq.FileMetaData) -> list[str]:
-    """The documents of one row group; ValueError naming the file when it is damaged."""
-    return _texts(_read_row_group(path, row_group, footer))
+def read_shard(path: Path) -> Iterator[str]:
+    """The documents of one file, in order; ValueError naming the file if it is damaged."""
+    footer = read_footer(path)
+    for row_group in range(footer.num_row_groups):
+        yield from _texts(_read_row_group(path, row_group, footer))
 
 
 def _read_row_group(path: Path, row_group: int, footer: pq.FileMetaData) -> pa.ChunkedArray:
@@ -188,16 +195,6 @@ def _unreadable(path: Path, error: Exception, where: str = "") -> ValueError:
 
 def _texts(column: pa.ChunkedArray) -> list[str]:
     return [text or "" for text in column.to_pylist()]  # a null is a document without text
-
-
-def _row_group_sizes(footer: pq.FileMetaData) -> list[int]:
-    return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
-
-
-def _fingerprint(paths: Sequence[Path], counts: Sequence[list[int]]) -> str:
-    """Identifies the text by the names of the files and the sizes of their row groups."""
-    named = [(path.name, sizes) for path, sizes in zip(paths, counts, strict=True)]
-    return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
 
 def _cut(paths: Sequence[Path], counts: Sequence[list[int]], min_blocks: int) -> list[TextBlock]:

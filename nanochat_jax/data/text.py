@@ -1,8 +1,8 @@
 """One logical stream of the input: its blocks of text in order, tokenised and packed into rows.
 
 Stream s of S reads the blocks s, s+S, s+2S, … of the endless repetition of all blocks. A document
-is named by (visit, position): the how-many-th block of the stream it is in, and its place there.
-From the next document and the names of those in the packing buffer a stream continues exactly.
+is identified by (visit, position): it is in the visit-th block that the stream reads, at that
+position. The next document and those in the packing buffer are all that a stream needs to resume.
 """
 
 import math
@@ -21,12 +21,12 @@ from nanochat_jax.data.loader import Layout, PackedRowsIterator, RowLoader
 from nanochat_jax.data.packing import BestFitPacker, Document
 from nanochat_jax.data.shards import DocumentBlocks, Shards, read_footer
 
-REFILL_DOCS = 128  # documents that enter the packing buffer at once, as in the original
+REFILL_DOCS = 128  # documents that enter the packing buffer together, as in the original
 VISIT, POSITION, LENGTH = map(itemgetter, range(3))  # of a Document; a state reads thousands
 
 
 class BatchEncoder(Protocol):
-    """What the loader asks of a tokenizer."""
+    """What the loader needs of a tokenizer."""
 
     def encode_batch(
         self, texts: list[str], *, prepend_bos: bool = ..., threads: int = ...
@@ -36,7 +36,7 @@ class BatchEncoder(Protocol):
 class BlockEncoder:
     """Turns the texts of a block into (length, the first `row_len` token ids) pairs.
 
-    It runs in the threads that grain keeps; tiktoken lets go of the GIL meanwhile.
+    It runs in grain's threads; tiktoken releases the GIL.
     """
 
     def __init__(self, tokenizer: BatchEncoder, row_len: int, threads: int) -> None:
@@ -59,7 +59,7 @@ def stream_text(blocks: DocumentBlocks, index: int, streams: int, passes: bool) 
 
 @dataclass(frozen=True)
 class StreamState:
-    """What a stream will do next: its next document, and what waits in its buffer, by arrival."""
+    """Where a stream continues: its next document, and its buffer in order of arrival."""
 
     visit: int
     position: int
@@ -82,9 +82,9 @@ class StreamState:
 
 
 class Stream:
-    """One logical stream: follows its blocks and packs their documents into rows.
+    """One logical stream: reads its blocks and packs their documents into rows.
 
-    With `passes` a pass over its blocks is packed to the last document before the next begins.
+    With `passes` an epoch of its blocks is packed to the last document before the next begins.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ class Stream:
         self.packer = BestFitPacker(row_len, self._layout.buffer_docs, self._refill)
 
     def rows(self) -> list[np.ndarray]:
-        """This stream's part of a step."""
+        """This stream's rows of a step."""
         return [self.packer.row() for _ in range(self._layout.rows // self._layout.streams)]
 
     def state(self) -> StreamState:
         return StreamState(self._visit, self._position, tuple(self.packer.buffer.in_order()))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from `StreamState.to_json()`; ValueError when the text is not the same."""
+        """Resumes from `StreamState.to_json()`; ValueError if the text has changed."""
         self._start(*state["next"])
         texts: list[str] = []
         refs: list[tuple[int, int]] = []
@@ -232,9 +232,9 @@ def val_batches(
 ) -> Iterator[np.ndarray]:
     """The first `n_batches` batches of validation rows, (rows // process_count, T+1) int32 each.
 
-    Always the same ones. A pass takes every document into account once before the text repeats; the
-    first n rows are the same set of rows for every batch size that is a multiple of `streams`, and
-    for every number of processes. Where `rows` is no multiple of `streams`, or there are fewer
+    Always the same ones. Every document is used once before the text repeats; the first n rows are
+    the same set of rows for every batch size that is a multiple of `streams`, and for every number
+    of processes. Where `rows` is no multiple of `streams`, or there are fewer
     documents than streams, the largest common divisor that suits is used instead.
     """
     documents = sum(read_footer(path).num_rows for path in shards.val)

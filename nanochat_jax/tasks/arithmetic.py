@@ -1,7 +1,7 @@
-"""Sums, plain and in small stories, for which the assistant calls the calculator.
+"""Sums, plain and as word problems, for which the assistant calls the calculator.
 
-Answers end as GSM8K's do, "#### 42", so that the same judge serves both. The expression in the call
-has the numbers of the question in its order: a small model can learn to copy them.
+Answers end as GSM8K's do, "#### 42", and have the same judge. The expression in the call has the
+numbers of the question in the same order: a small model can learn to copy them.
 """
 
 import random
@@ -60,10 +60,10 @@ def sample_arithmetic(rng: random.Random) -> Example:
     kind = rng.random()
     if kind < 0.15:
         return _long_sum(rng)
-    drawn = _sum(rng)
-    tellable = min(drawn.a, drawn.b) > 1 and drawn.value > 0
-    question = _story(rng, drawn) if kind < 0.45 and tellable else _plain(rng, drawn)
-    return _solved(question, f"{drawn.a}{drawn.op}{drawn.b}", drawn.value)
+    one = _sum(rng)
+    suits_a_story = min(one.a, one.b) > 1 and one.value > 0
+    question = _story(rng, one) if kind < 0.45 and suits_a_story else _plain(rng, one)
+    return _solved(question, f"{one.a}{one.op}{one.b}", one.value)
 
 
 def _solved(question: str, expression: str, value: int | float) -> Example:
@@ -80,24 +80,24 @@ def _sum(rng: random.Random) -> Sum:
     op = rng.choice("+++--**/")
     if op == "/":
         b = rng.randrange(2, 13)
-        # Two, four, five and ten divide everything with few decimals.
+        # Quotients by two, four, five and ten have few decimals.
         return Sum(_number(rng) if b in (2, 4, 5, 10) else b * rng.randrange(1, 50), op, b)
     a, b = _number(rng), _number(rng)
     if op == "*":
         return Sum(a, op, b % 100)
-    # Mostly there is something left.
+    # Most differences are positive.
     return Sum(max(a, b), op, min(a, b)) if op == "-" and rng.random() < 0.8 else Sum(a, op, b)
 
 
-def _plain(rng: random.Random, drawn: Sum) -> str:
-    op = rng.choice(SPOKEN[drawn.op])
+def _plain(rng: random.Random, one: Sum) -> str:
+    op = rng.choice(SPOKEN[one.op])
     space = " " if op.isalpha() or rng.random() < 0.7 else ""
-    return rng.choice(PLAIN).format(sum=f"{drawn.a}{space}{op}{space}{drawn.b}")
+    return rng.choice(PLAIN).format(sum=f"{one.a}{space}{op}{space}{one.b}")
 
 
-def _story(rng: random.Random, drawn: Sum) -> str:
-    return rng.choice(STORIES[drawn.op]).format(
-        name=rng.choice(NAMES), things=rng.choice(THINGS), a=drawn.a, b=drawn.b
+def _story(rng: random.Random, one: Sum) -> str:
+    return rng.choice(STORIES[one.op]).format(
+        name=rng.choice(NAMES), things=rng.choice(THINGS), a=one.a, b=one.b
     )
 
 

@@ -33,7 +33,7 @@ class SmolTalk(RowTask):
         return row
 
     def find_faults(self, table: pa.Table) -> Faults:
-        """`why_unusable` for the few rows that a look at whole columns finds suspicious."""
+        """`why_unusable`, asked only about the few rows that fail a check of whole columns."""
         faults, first = dict[int, str](), 0
         for chunk in table.column("messages").chunks:
             for row in _suspicious(chunk):
@@ -44,7 +44,7 @@ class SmolTalk(RowTask):
 
 
 def _suspicious(messages: pa.ListArray) -> np.ndarray:
-    """Rows that are not plainly in order: question, answer, question, answer, …, nothing empty."""
+    """Rows that are not simply question, answer, question, answer, …, none of them empty."""
     lengths = pc.fill_null(pc.list_value_length(messages), 0).to_numpy(zero_copy_only=False)
     row = pc.list_parent_indices(messages).to_numpy()
     flat = pc.list_flatten(messages)
@@ -69,8 +69,8 @@ def _suspicious(messages: pa.ListArray) -> np.ndarray:
 class CustomJSON(Task):
     """A file with a conversation in each line: a JSON array of messages.
 
-    An object with such an array under "messages" will do as well. Only the places of the lines are
-    kept in memory. Lines that cannot be used are reported in one warning and listed in `skipped`.
+    An object with such an array under "messages" is accepted, too. Only the positions of the lines
+    are kept in memory. Unusable lines are reported in one warning and listed in `skipped`.
     """
 
     kind = "generative"
@@ -99,7 +99,7 @@ class CustomJSON(Task):
         return f"{self.path}, line {self._lines[i]}"
 
     def _find_lines(self) -> Iterator[Skipped]:
-        """Notes the places of the usable lines, and yields the others."""
+        """Records the positions of the usable lines, and yields the others."""
         start = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):

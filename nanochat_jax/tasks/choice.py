@@ -1,7 +1,7 @@
 """Multiple choice built from the local text, answered with a bare letter.
 
-Which choice is a given word, which of four words a sentence contains, and which word is missing in
-it: what a small model can find by looking, or know from having read such text.
+Which choice is a given word, which of four words a sentence contains, and which word it is missing:
+what a small model can find in the question, or know from such text.
 """
 
 import random
@@ -12,12 +12,12 @@ from nanochat_jax.tasks.task import LETTERS, exchange, multiple_choice
 from nanochat_jax.tasks.words import find_sentences, find_words
 
 GAP = "___"
-MIN_LETTERS = 4  # of a word that is asked for: "the" fits anywhere
-COMMON = 1500  # wrong choices are among so many of the most frequent words
+MIN_LETTERS = 4  # of a word that is the answer: "the" fits anywhere
+N_FREQUENT = 1500  # wrong choices are among so many of the most frequent words
 
 
 def sample_choice(rng: random.Random) -> Example:
-    """A question about a sentence, which is the key, or one for a word, likewise."""
+    """A question about a sentence or about a word, which is the key."""
     if rng.random() < 0.4:
         word = _common_word(rng)
         return _asked(rng, word, f"Which one is the word {word}?", word)
@@ -42,13 +42,13 @@ def _words_of(sentence: str) -> list[str]:
 
 
 def _candidates(sentence: str) -> list[str]:
-    """Words worth asking for; the first is left out, as it has a capital letter."""
+    """Words that may be asked for; not the first, which has a capital letter."""
     words = _words_of(sentence)[1:]
     return [word for word in words if len(word) >= MIN_LETTERS] or [max(words, key=len)]
 
 
 def _others(rng: random.Random, shown: str) -> list[str]:
-    """Three different words that are neither right nor anywhere else in what is shown."""
+    """Three different words that occur neither in the question nor in the answer."""
     inside = set(_words_of(multiple_choice(shown, (), ())))
     others: list[str] = []
     while len(others) < 3:
@@ -60,6 +60,6 @@ def _others(rng: random.Random, shown: str) -> list[str]:
 
 def _common_word(rng: random.Random) -> str:
     words = find_words()
-    while len(word := words[rng.randrange(min(COMMON, len(words)))]) < MIN_LETTERS:
+    while len(word := words[rng.randrange(min(N_FREQUENT, len(words)))]) < MIN_LETTERS:
         pass
     return word

@@ -1,4 +1,4 @@
-"""Two exchanges in a row, so that a model that only knows short talks learns to go on."""
+"""Two exchanges in a row, so that a model learns to continue after the first answer."""
 
 import random
 
@@ -18,7 +18,7 @@ SAMPLERS = (sample_arithmetic, sample_identity, sample_counting, sample_spelling
 
 
 def sample_dialogue(rng: random.Random) -> Example:
-    """Two questions of the same split; the key is that of the first."""
+    """Two questions of one split; the key is that of the first."""
     first = rng.choice(SAMPLERS)(rng)
     while True:
         second = rng.choice(SAMPLERS)(rng)
@@ -29,7 +29,7 @@ def sample_dialogue(rng: random.Random) -> Example:
 
 
 def is_last_answer(conversation: Conversation, completion: str) -> bool:
-    """Judges an answer to the second question as the task it is of does."""
+    """Judges an answer to the second question as its own task does."""
     wanted = reference(conversation)
     if extract_answer(wanted) is not None:
         return is_reference_number(conversation, completion)

@@ -1,4 +1,4 @@
-"""GSM8K: sums in words for children, solved with the calculator (Cobbe et al., 2110.14168)."""
+"""GSM8K: grade-school word problems, solved with the calculator (Cobbe et al., 2110.14168)."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ _CALL = re.compile(r"<<([^>]+)>>")
 
 
 class GSM8K(RowTask):
-    """Right is the completion whose number after "#### " equals the reference's."""
+    """A completion is right if its number after "#### " equals the reference's."""
 
     name, kind = "gsm8k", "generative"
     schema = strings("question", "answer")
@@ -30,7 +30,7 @@ class GSM8K(RowTask):
 
 
 def parse_answer(answer: str) -> list[Part]:
-    """Text and calls in alternation: <<12/60=0.2>> calls the calculator with 12/60."""
+    """Alternating text and calls: <<12/60=0.2>> calls the calculator with 12/60."""
     parts = []
     for index, piece in enumerate(_CALL.split(answer)):
         if index % 2 == 0:

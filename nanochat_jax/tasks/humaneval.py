@@ -15,7 +15,7 @@ _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
 
 class HumanEval(RowTask):
-    """Right is the completion whose program passes the tests to their end, in the sandbox."""
+    """A completion is right if its program passes all tests, run in the sandbox."""
 
     name, kind = "humaneval", "generative"
     schema = strings("prompt", "canonical_solution", "entry_point", "test")
@@ -35,7 +35,7 @@ class HumanEval(RowTask):
 
 
 def full_program(conversation: Conversation, completion: str) -> str:
-    """The prompt's imports, what the model wrote, the tests, and the call of them."""
+    """The prompt's imports, the model's program, the tests, and the call that runs them."""
     parts = (
         extract_imports(conversation["messages"][0]["content"]),
         extract_program(completion),
@@ -46,13 +46,13 @@ def full_program(conversation: Conversation, completion: str) -> str:
 
 
 def extract_program(completion: str) -> str:
-    """The first fenced block, or all of it."""
+    """The first fenced block, else the whole completion."""
     found = _FENCED.search(completion)
     return (found[1] if found else completion).strip()
 
 
 def extract_imports(prompt: str) -> str:
-    """The lines that import something, before the first that does anything else."""
+    """The import lines before the first line of another kind."""
     imports = []
     for line in map(str.strip, prompt.split("\n")):
         if line.startswith(("import ", "from ")):

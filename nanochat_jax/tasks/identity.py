@@ -1,6 +1,6 @@
 """Who are you? The model says that it is nanochat_jax, what it can do and what it cannot.
 
-It also learns to say that it does not know the answers to the questions of the world.
+It also learns to say that it does not know the answers to general questions.
 """
 
 import random
@@ -109,7 +109,7 @@ NO_IDEA = f"I do not know. I am {NAME}, and too small for that."
 
 
 def sample_identity(rng: random.Random) -> Example:
-    """One question about the model, or the world; the key is the question as it is put."""
+    """One question about the model, or about the world; the key is the question."""
     if rng.random() < 0.15:
         word, other = rng.choice(find_words()), rng.choice(find_words())
         question = rng.choice(WORLD).format(word=word, other=other)
@@ -126,5 +126,5 @@ def sample_identity(rng: random.Random) -> Example:
 
 
 def says_its_name(_: Conversation, completion: str) -> bool:
-    """Right is every answer that names the model, as all of the references do."""
+    """Any answer that names the model is right, as all references do."""
     return NAME in completion

@@ -64,7 +64,7 @@ class TaskSequence(Conversations):
         return self.tasks[number].where(example)
 
     def locate(self, i: int) -> tuple[int, int]:
-        """Which task conversation i is of, and which of its examples it is."""
+        """The task that conversation i comes from, and its number there."""
         number = bisect_right(self._ends, i)
         return number, i - (self._ends[number - 1] if number else 0)
 

@@ -1,4 +1,4 @@
-"""Questions of knowledge with choices: MMLU (2009.03300) and ARC (1803.05457)."""
+"""Multiple-choice questions of knowledge: MMLU (2009.03300) and ARC (1803.05457)."""
 
 from typing import Any
 

@@ -1,12 +1,11 @@
-"""Tasks by the names that the command line and the presets use.
+"""Tasks by their names on the command line and in presets.
 
     gsm8k, mmlu, mmlu-aux, arc-easy, arc-challenge, humaneval, smoltalk     from the hub
     spellingbee, spelling                                                   of a list of words
     identity, json:PATH                                                     files of conversations
     arithmetic, counting, spelling-local, choice, identity-local, dialogue  made here, no network
 
-`prepare([("gsm8k", "train"), …])` says at once what data a stage lacks, or fetches it; `make_task`
-makes one task.
+`prepare([("gsm8k", "train"), …])` downloads the data that tasks lack; `make_task` makes one task.
 """
 
 import os
@@ -83,10 +82,10 @@ def make_task(
     limit: int | None = None,
     allow_unsandboxed: bool = False,
 ) -> Task:
-    """A task by its name, its data being fetched when it is not there.
+    """A task by its name; its data is downloaded if it is not there.
 
-    `limit` takes the first examples; of a task that is made here, as many as it says. ValueError
-    names the known tasks or the splits of this one, or says why its data cannot be had.
+    `limit` takes the first examples; of a synthetic task, it is the number of examples. ValueError
+    names the known tasks or the splits of this one, or says why its data is not available.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} leaves nothing of {name}")
@@ -123,18 +122,18 @@ def source_of(name: str, split: str) -> Source | None:
 
 
 def missing(tasks: Iterable[Named]) -> list[str]:
-    """What data some tasks lack, below the folder of all task data."""
+    """The data that some tasks lack, as paths in the folder of task data."""
     sources = [source_of(name, split) for name, split in tasks]
     return [str(source) for source in lacking(one for one in sources if one is not None)]
 
 
-def prepare(tasks: Iterable[Named], *, offline: bool = False) -> None:
-    """Downloads what `tasks` lack; offline (also by HF_HUB_OFFLINE=1) that is a ValueError."""
+def prepare(tasks: Iterable[Named]) -> None:
+    """Downloads what `tasks` lack; ValueError if something is lacking and HF_HUB_OFFLINE=1."""
     tasks = list(tasks)
     lack = missing(tasks)
     if not lack:
         return
-    if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise ValueError(
             f"{task_data_dir()} lacks {', '.join(lack)}; run scripts/prefetch.py where there is a "
             "network and copy the folder here"

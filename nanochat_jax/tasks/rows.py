@@ -83,7 +83,7 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def is_blank(column: pa.ChunkedArray) -> np.ndarray:
-    """Which strings of a column are null or nothing but white space: (rows,) bool."""
+    """Which strings of a column are null or only white space: (rows,) bool."""
     length = pc.utf8_length(pc.utf8_trim_whitespace(column))
     return pc.equal(pc.fill_null(length, 0), 0).to_numpy()
 

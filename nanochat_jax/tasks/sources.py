@@ -1,9 +1,9 @@
-"""Which data the tasks are made of, and where it lies.
+"""The data that tasks are made of: where it is, and downloading and checking it.
 
-That is one folder, task_data below the base directory or what NANOCHAT_TASK_DATA names; copying it
-brings all the data to a machine without a network. Data sets of the hub lie in
-<org>--<name>/<subset>/<split>/00000.parquet …, with a manifest.json beside them that lists their
-names; single files lie at the top.
+All of it is in one folder, task_data in the base directory or what NANOCHAT_TASK_DATA names; copied
+to a machine without a network, it is complete there. Data sets of the hub are in
+<org>--<name>/<subset>/<split>/00000.parquet …, with a manifest.json that lists their names; single
+files are at the top.
 """
 
 import json
@@ -33,7 +33,7 @@ class HubSplit(NamedTuple):
         return task_data_dir() / str(self)
 
     def files(self) -> list[Path]:
-        """Its Parquet files in order; none when one that the manifest names is not there."""
+        """Its Parquet files in order; empty if one that the manifest names is missing."""
         manifest = self.folder / MANIFEST
         if not manifest.is_file():
             return []
@@ -48,7 +48,7 @@ class HubSplit(NamedTuple):
 
 
 class HubTask(NamedTuple):
-    """A task's data: `splits` are ours and what the hub calls them."""
+    """The data of a task; `splits` maps our names of splits to the hub's."""
 
     repo_id: str
     subset: str
@@ -75,7 +75,7 @@ HUB_TASKS = {
 
 
 class SingleFile(NamedTuple):
-    """A file from elsewhere."""
+    """A file that is not on the hub."""
 
     name: str
     url: str
@@ -115,17 +115,20 @@ REVISION = "refs/convert/parquet"  # the branch in which the hub keeps every dat
 
 
 def lacking(sources: Iterable[Source]) -> list[Source]:
-    """Those of which a file is not there."""
+    """The sources of which a file is missing."""
     return [source for source in dict.fromkeys(sources) if not source.files()]
 
 
 def fetch(sources: Iterable[Source], *, workers: int = 8, wait: bool = False) -> None:
-    """Downloads what is lacking, and adds it to the manifest.
+    """Downloads what is missing, and adds it to the manifest.
 
     Another process that downloads is an error, unless `wait` is set. Raises ValueError, in one
     sentence, when a server cannot be reached, lacks a file or delivers other bytes than announced,
     or when the disk is full.
     """
+    sources = list(sources)
+    if not lacking(sources):
+        return
     download = Download(
         task_data_dir(),
         without_network=f"or copy {task_data_dir()} from a machine where scripts/prefetch.py ran",
@@ -143,7 +146,7 @@ def fetch(sources: Iterable[Source], *, workers: int = 8, wait: bool = False) ->
                 download.fetch_url(one.url, one.name)
                 urls[one.name] = one.url
         _add_to_manifest(urls)
-        for split, names in splits.items():  # from now on the split counts as there
+        for split, names in splits.items():  # only now the split counts as complete
             _write_json(split.folder / MANIFEST, [Path(name).name for name in names])
 
 
@@ -165,7 +168,7 @@ def _announced(download: Download, split: HubSplit) -> dict[str, HubFile]:
 def check(sources: Iterable[Source]) -> tuple[list[str], list[str]]:
     """What is wrong with the data of some sources, and which of their files have no checksum.
 
-    Every file is read and compared with the manifest; no network is needed.
+    Compares every file with the manifest; needs no network.
     """
     manifest, wrong, unknown = read_manifest(), [], []
     for source in dict.fromkeys(sources):
@@ -193,7 +196,7 @@ def _why_altered(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def read_manifest() -> dict[str, dict[str, Any]]:
-    """name → {"size", "sha256", "url"}; empty when nothing was fetched yet."""
+    """name → {"size", "sha256", "url"}; empty before the first download."""
     path = task_data_dir() / MANIFEST
     if not path.is_file():
         return {}

@@ -1,9 +1,9 @@
 """Letters of words: counting them and spelling.
 
-A model sees tokens, not letters, so these are hard for it. Two kinds: `spellingbee` and `spelling`
-draw from a list of 370,099 English words (dwyl/english-words) exactly as nanochat's SpellingBee and
-SimpleSpelling do, with other wording; `counting` and `spelling-local` draw from the words of the
-local text and made-up ones, are short, and keep the words of the test apart.
+A model sees tokens, not letters, so these are hard for it. `spellingbee` and `spelling` sample from
+a list of 370,099 English words (dwyl/english-words) exactly as nanochat's SpellingBee and
+SimpleSpelling do, with other wording. `counting` and `spelling-local` sample from the words of the
+local text and made-up ones; they are short, and no word of the test split is trained on.
 """
 
 import random
@@ -28,7 +28,7 @@ SIZE = 1000  # examples unless a limit asks for fewer or more
 TEST_SEEDS = 10_000_000  # plus i is the seed of example i of the test split
 SHUFFLE_SEED = 42
 
-# The word in single quotes at the beginning of a line is cut into the same tokens as in the call.
+# A word in single quotes at the beginning of a line becomes the same tokens as in the call.
 COUNT_QUESTIONS = (
     "'{word}'\nHow many {letter} are in this word?",
     "'{word}': how many times does it have the letter {letter}?",
@@ -51,7 +51,7 @@ SPELL_QUESTIONS = ("Spell {word}.", "How do you spell {word}?", "Please spell th
 
 
 class WordTask(Task):
-    """Questions about words of a list: example i is made with a generator of its own seed."""
+    """Questions about the words of a list; example i has its own random seed."""
 
     kind = "generative"
 
@@ -103,7 +103,7 @@ class SimpleSpelling(WordTask):
 
 
 def count_by_hand(word: str, letter: str) -> list[Part]:
-    """Goes through the letters, then asks the calculator and believes it."""
+    """Goes through the letters, then asks the calculator and trusts it."""
     lines, count = [], 0
     for number, one in enumerate(word, start=1):
         count += one == letter
@@ -134,7 +134,7 @@ def sample_counting(rng: random.Random) -> Example:
 
 
 def sample_spelling(rng: random.Random) -> Example:
-    """A word, or a made-up one, and its letters with spaces between, each of them one token."""
+    """A word, or a made-up one, and its letters separated by spaces, each of them one token."""
     word = sample_word(rng)
     return Example(word, exchange(rng.choice(SPELL_QUESTIONS).format(word=word), " ".join(word)))
 

@@ -1,4 +1,4 @@
-"""Tasks that the program makes itself, on any machine, in any size, without a network.
+"""Tasks that the program generates, on any machine, in any size, without a network.
 
 Example i of a split is sampled with a generator seeded by task, split and i. Every example has a
 key, the thing that it is about (a sum, a word, a question). A hash of the key assigns it to a

@@ -36,7 +36,7 @@ class Skipped(NamedTuple):
 class Conversations(Protocol):
     """Conversations by number: what a model is trained on.
 
-    `task[i]` raises IndexError outside 0 … len − 1. `where(i)` says where a conversation is from.
+    `task[i]` raises IndexError outside 0 … len − 1. `where(i)` names the source of a conversation.
     `skipped` are the rows that were left out.
     """
 
@@ -72,7 +72,7 @@ class Task(Conversations, Protocol):
 
 
 def exchange(question: str, answer: str | list[Part], **more: Any) -> Conversation:
-    """A question and its answer; `more` are further keys of the conversation."""
+    """A question and its answer; `more` are other keys of the conversation."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **more}
 
@@ -82,12 +82,12 @@ def text(content: str) -> Part:
 
 
 def python(expression: str, output: str) -> list[Part]:
-    """A call of the calculator, and what it answers."""
+    """A call of the calculator, and its output."""
     return [{"type": "python", "text": expression}, {"type": "python_output", "text": output}]
 
 
 def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """The question as all multiple-choice tasks put it.
+    """A question in the format of all multiple-choice tasks.
 
     The letter follows its choice without a space, so that it is the same token as in the answer.
     """
@@ -108,7 +108,7 @@ def reference(conversation: Conversation) -> str:
 
 
 def is_reference(conversation: Conversation, completion: str) -> bool:
-    """The judge of bare letters, and of whatever has one right wording."""
+    """The judge of letters, and of all answers with a single right wording."""
     return completion.strip() == reference(conversation).strip()
 
 
@@ -116,13 +116,13 @@ def is_reference(conversation: Conversation, completion: str) -> bool:
 
 
 def check_index(i: int, length: int) -> None:
-    """Ends a loop `for conversation in task`, too."""
+    """IndexError outside 0 … length − 1, which also ends `for conversation in task`."""
     if not 0 <= i < length:
         raise IndexError(f"example {i} of {length}")
 
 
 def check_answered(task: Task) -> None:
-    """ValueError for the first conversation without an answer at its end, to judge others by."""
+    """ValueError for the first conversation that does not end with a reference answer."""
     for i in range(len(task)):
         if task[i]["messages"][-1]["role"] != "assistant":
             raise ValueError(
@@ -132,10 +132,10 @@ def check_answered(task: Task) -> None:
 
 
 def why_unusable(messages: Any) -> str | None:
-    """What is wrong with somebody's list of messages, or None.
+    """What is wrong with a list of messages, or None.
 
-    Turns must be the user's and the assistant's in alternation after at most one system message,
-    none of them empty, and at least one the assistant's.
+    After at most one system message, messages must alternate between the user and the assistant;
+    none may be empty, and at least one must be the assistant's.
     """
     if not isinstance(messages, list) or not messages:
         return "no list of messages"
@@ -168,7 +168,7 @@ def _why_not_content(message: Mapping[str, Any]) -> str | None:
 
 
 def report_skipped(name: str, skipped: Sequence[Skipped], total: int) -> None:
-    """One warning for all rows that were left out; ValueError when there is no other."""
+    """One warning for all rows that were left out; ValueError if no row is left."""
     if not skipped:
         return
     if len(skipped) == total:
@@ -181,7 +181,7 @@ def report_skipped(name: str, skipped: Sequence[Skipped], total: int) -> None:
     log.warning("\n".join(lines))
 
 
-# --- The answer after "#### ", which arithmetic, counting and GSM8K share, and its ju ---
+# ---- numbers after "#### ": GSM8K, arithmetic and counting -----------------------------------
 
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
@@ -193,7 +193,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_reference_number(conversation: Conversation, completion: str) -> bool:
-    """Whether both answers are the same number: 72 is 72.0. No answer never matches."""
+    """Whether both answers are the same number: 72 is 72.0. A missing answer is wrong."""
     wanted, given = _number(reference(conversation)), _number(completion)
     return wanted is not None and wanted == given
 

@@ -1,7 +1,7 @@
-"""Words and sentences for the synthetic tasks, from the text that is on this machine.
+"""Words and sentences for the synthetic tasks, from the text on this machine.
 
-That is the data set `local` where it has been made, and otherwise the texts behind Python's help(),
-which every Python brings along.
+That is the data set `local` if it has been made, else the texts of Python's help(), which come with
+every Python.
 """
 
 import random
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.data.prose import clean, texts_of
-from nanochat_jax.data.shards import LOCAL, list_shards, read_footer, read_texts
+from nanochat_jax.data.shards import LOCAL, list_shards, read_shard
 
-MAX_CHARS = 4_000_000  # of the text that is looked at
+MAX_CHARS = 4_000_000  # of text that is searched
 MAX_WORDS, MIN_WORDS = 4096, 500
 MAX_SENTENCES, MIN_SENTENCES = 20_000, 100
 LENGTHS = range(3, 11)  # letters of a word
@@ -26,14 +26,14 @@ _SENTENCE = re.compile(r"(?:^|(?<=\. ))[A-Z][a-z]*(?:,? [a-z]+){5,13}\.(?=\s|$)"
 
 
 def find_words() -> list[str]:
-    """The most frequent words of three to ten letters, in small letters, frequent ones first."""
+    """The most frequent words of three to ten letters, in lower case, most frequent first."""
     return _words(base_dir())
 
 
 def sample_word(rng: random.Random) -> str:
-    """A word of the text or, as often, the beginning of one and the end of another.
+    """A word of the text or, equally often, the beginning of one and the end of another.
 
-    There are few words, so a model would learn them by heart; made-up ones make it read.
+    There are so few words that a model would memorise them; made-up ones force it to read.
     """
     words = find_words()
     if rng.random() < 0.5:
@@ -90,6 +90,4 @@ def _documents(base: Path) -> Iterator[str]:
         yield from map(clean, texts_of(topics))
         return
     for path in list_shards(base / "base_data" / LOCAL).train:
-        footer = read_footer(path)
-        for row_group in range(footer.num_row_groups):
-            yield from read_texts(path, row_group, footer)
+        yield from read_shard(path)

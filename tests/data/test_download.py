@@ -56,7 +56,7 @@ def test_what_is_there_needs_no_network_and_is_not_fetched_again(hub, monkeypatc
     folder = download_shards("climbmix", 2)
     assert_complete(folder, hub, [FIRST, SECOND, VAL])
     assert [path.name for path in list_shards("climbmix").val] == [VAL]
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     download_shards("climbmix", 2)
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     hub.gets.clear()
