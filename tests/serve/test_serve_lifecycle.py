@@ -35,7 +35,8 @@ def test_a_client_that_leaves_its_stream_frees_the_slots(chat_server, http):
     wait_until(lambda: is_idle(chat_server))
     before = chat_server.stats().tokens_generated
     with http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True, "n": 3}) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # kept: without it the connection would close
+        next(lines)
         assert chat_server.stats().busy_slots == 3
     wait_until(lambda: is_idle(chat_server))
     assert chat_server.stats().tokens_generated - before < 3 * 4000
