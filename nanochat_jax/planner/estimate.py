@@ -38,7 +38,7 @@ KEPT_ACTIVATIONS_D = 15  # arrays (tokens, D) that a layer keeps for its backwar
 KEPT_ACTIVATIONS_KV = 3  # … (tokens, K·H): see `activation_bytes`
 
 
-# --- text, disk, MFU -----------------------------------------------------------------------------
+# --- text, disk, MFU ------------------------------------------------------------------------------
 
 
 def shards_needed(tokens: int, dataset: str) -> int:

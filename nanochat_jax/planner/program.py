@@ -3,7 +3,6 @@
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -103,11 +102,8 @@ class CompiledStep:
         return {name: value * 1e3 for name, value in seconds.items()}
 
 
-def compile_step(
-    plan: Plan, target: str, options: Mapping[str, bool | int | str] = COMPILER_OPTIONS
-) -> CompiledStep:
-    """Compiles the plan's training step for `plan.n_devices` GPUs of kind `target` ("h100",
-    "h200").
+def compile_step(plan: Plan, target: str) -> CompiledStep:
+    """Compiles the plan's training step for `plan.n_devices` GPUs named `target` ("h100", "h200").
 
     Takes half a minute to minutes. ValueError when the CUDA wheels are absent.
     """
@@ -115,16 +111,14 @@ def compile_step(
     began = time.perf_counter()
     lowered = step.lower(state, batch)
     lower_s = time.perf_counter() - began
-    module, peak, compile_s = _compile(lowered, options)
+    module, peak, compile_s = _compile(lowered)
     return CompiledStep(plan, target, module, peak, lower_s, compile_s)
 
 
-def _compile(
-    lowered: Any, options: Mapping[str, bool | int | str] = COMPILER_OPTIONS
-) -> tuple[hlo.Module, int, float]:
+def _compile(lowered: Any) -> tuple[hlo.Module, int, float]:
     """The optimised program, the peak of its buffers in bytes, and the seconds it took."""
     began = time.perf_counter()
-    compiled = lowered.compile(compiler_options=dict(options))
+    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
     compile_s = time.perf_counter() - began
     peak = compiled.memory_analysis().peak_memory_in_bytes
     return hlo.parse(compiled.as_text()), peak, compile_s
@@ -141,7 +135,7 @@ def step_to_compile(plan: Plan, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
 
 
 def attention_workspace(plan: Plan) -> float:
-    """Scratch memory of cuDNN's backward pass, which no compiler without a device knows: a float32
+    """Scratch memory of cuDNN's backward pass, unknown to a compiler without a device: a float32
     gradient of the queries."""
     config = plan.config
     return 4.0 * plan.device_batch_size * config.sequence_len * config.n_embd

@@ -67,7 +67,7 @@ _ALLOWED_COMMANDS = {
 _COMMAND_ARGUMENT = {"fcntl": 1, "ioctl": 1, "prctl": 0}
 _CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020080  # a thread; any new namespace
 _SET_SECCOMP, _MODE_FILTER = 22, 2
-_NEWER_THAN_THIS_TABLE = 450  # programs expect "not implemented" of what they may not know
+_NEWER_THAN_THIS_TABLE = 450  # a program expects "not implemented" from calls that may be missing
 
 Instructions = list[bytes]
 

@@ -1,4 +1,4 @@
-"""What many runs say together: isoFLOP parabolas, power laws with intervals, paired tests.
+"""What many runs show together: isoFLOP parabolas, power laws with intervals, paired tests.
 
 Approach 2 of Chinchilla (arXiv 2203.15556): for one budget of FLOPs, the loss over the logarithm of
 the model's size (or of the tokens it saw) is nearly a parabola, whose lowest point is the best size
