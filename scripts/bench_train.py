@@ -22,7 +22,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_jax import scaling
 from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
 from nanochat_jax.data.shards import list_shards
@@ -70,14 +69,24 @@ class BenchTrainConfig:
     """Also write the JSON object here."""
 
 
-class StepBench:
+class TrainBench:
     """The step of a configuration with `accumulation` micro-batches, compiled and warm."""
 
     def __init__(self, config: BenchTrainConfig):
         self.config = config
         self.mesh = make_mesh(config.n_devices)
-        self.plan = _plan(config, self.mesh.size)
-        self.model, optimizer, _ = build(_pretrain_config(config), self.plan)
+        wanted = PretrainConfig(
+            depth=config.depth,
+            recipe=config.recipe,
+            max_seq_len=config.max_seq_len,
+            device_batch_size=config.device_batch_size,
+            total_batch_size=self.tokens,
+            num_iterations=1000,
+            dtype=config.dtype,
+            attention=config.attention,
+        )
+        self.plan = decide(wanted, config.vocab_size, self.mesh.size)
+        self.model, optimizer, _ = build(wanted, self.plan)
         self.state = init_state(self.model, optimizer, self.mesh, jax.random.key(0))
         step = make_train_step(self.model, optimizer, self.mesh, self.plan.settings.grad_clip)
         began = time.perf_counter()
@@ -112,26 +121,8 @@ class StepBench:
         return times
 
 
-def _pretrain_config(config: BenchTrainConfig) -> PretrainConfig:
-    return PretrainConfig(
-        depth=config.depth,
-        recipe=config.recipe,
-        max_seq_len=config.max_seq_len,
-        device_batch_size=config.device_batch_size,
-        num_iterations=1000,
-        dtype=config.dtype,
-        attention=config.attention,
-    )
-
-
-def _plan(config: BenchTrainConfig, n_devices: int) -> scaling.Plan:
-    rows = config.device_batch_size * n_devices * config.accumulation
-    wanted = replace(_pretrain_config(config), total_batch_size=rows * config.max_seq_len)
-    return decide(wanted, config.vocab_size, n_devices)
-
-
 def measure(config: BenchTrainConfig) -> dict[str, Any]:
-    bench = StepBench(config)
+    bench = TrainBench(config)
     fixed = bench.batch(0)
     times = bench.seconds(iter(lambda: fixed, None), config.steps)
     step_s = statistics.median(times)
@@ -167,13 +158,13 @@ def _micro_batch_ms(config: BenchTrainConfig, fastest_s: float) -> float | None:
     """Time of one micro-batch: what one more of them adds to a step. None without accumulation."""
     if config.accumulation == 1:
         return None
-    fewer = StepBench(replace(config, accumulation=config.accumulation - 1))
+    fewer = TrainBench(replace(config, accumulation=config.accumulation - 1))
     fixed = fewer.batch(0)
     without = min(fewer.seconds(iter(lambda: fixed, None), config.steps))
     return 1e3 * (fastest_s - without)
 
 
-def _data_wait_share(bench: StepBench) -> float | None:
+def _data_wait_share(bench: TrainBench) -> float | None:
     """Share of the time that steps wait for the input pipeline; None without --packing."""
     config = bench.config
     if config.packing is None:
@@ -199,7 +190,7 @@ def _data_wait_share(bench: StepBench) -> float | None:
     return sum(waits[config.warmup :]) / sum(times)
 
 
-def _peak_gib(bench: StepBench) -> float | None:
+def _peak_gib(bench: TrainBench) -> float | None:
     """What the device says it used at most; without that, what the compiler planned."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:

@@ -10,7 +10,6 @@ and is its last line as JSON. CORE's table is written to runs/NAME/eval_core.csv
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
@@ -20,14 +19,15 @@ from nanochat_jax.cli import progress_bar, run_script
 from nanochat_jax.config import parse
 from nanochat_jax.data.shards import list_shards
 from nanochat_jax.distributed import is_main_process, say, start
-from nanochat_jax.evals.bits_per_byte import gzip_bits_per_byte
+from nanochat_jax.evals.bits_per_byte import evaluate, gzip_bits_per_byte
 from nanochat_jax.evals.core import comparison, core_csv, core_json, evaluate_core
 from nanochat_jax.evals.core_tasks import find_bundle, how_to_get, read_bundle
 from nanochat_jax.evals.generation import PROMPTS
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.runs import record_evaluation, run_folder
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.stages.stage import make_evaluate, make_sample, validation_rows
+from nanochat_jax.stages.stage import make_sample, validation_rows
+from nanochat_jax.train import make_eval_step, put_batch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class EvalBaseConfig:
 
 def main() -> None:
     config = parse(EvalBaseConfig, "eval_base", description=__doc__)
-    wanted = what_to_do(config)
+    wanted = choose_evaluations(config)
     start()
     mesh = make_mesh(config.n_devices)
     folder = run_folder(config.run)
@@ -76,8 +76,8 @@ def main() -> None:
     say(json.dumps(result, ensure_ascii=False))
 
 
-def what_to_do(config: EvalBaseConfig) -> list[str]:
-    """The names of the evaluations, after a look at whether they can be done."""
+def choose_evaluations(config: EvalBaseConfig) -> list[str]:
+    """The names of the evaluations; ValueError for one that cannot be done."""
     bundle = find_bundle(config.bundle)
     if config.max_per_task == 0:
         raise ValueError("--max-per-task 0 leaves no question; leave it out for all")
@@ -96,17 +96,13 @@ def what_to_do(config: EvalBaseConfig) -> list[str]:
 
 def measure_core(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> dict[str, Any]:
     path = find_bundle(config.bundle)
-    assert path is not None  # what_to_do has looked
+    assert path is not None  # choose_evaluations has checked
     bundle = read_bundle(path)
     budget = config.device_batch_size * loaded.model.config.sequence_len
     scorer = Scorer(loaded.model, mesh, loaded.params, tokens_per_device=budget)
     with progress_bar("CORE") as progress:
         results = evaluate_core(
-            scorer,
-            loaded.tokenizer,
-            bundle,
-            max_per_task=config.max_per_task,
-            progress=progress,
+            scorer, loaded.tokenizer, bundle, max_per_task=config.max_per_task, progress=progress
         )
     found = core_json(results)
     say(comparison(found, bundle.published))
@@ -122,16 +118,16 @@ def data_set(config: EvalBaseConfig, loaded: LoadedModel) -> str:
 
 def measure_bpb(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> dict[str, Any]:
     shards = list_shards(data_set(config, loaded))
-    rows = partial(
-        validation_rows,
+    rows = validation_rows(
         shards,
         loaded.tokenizer,
         rows=config.device_batch_size * mesh.size,
         sequence_len=loaded.model.config.sequence_len,
         n_tokens=config.eval_tokens,
     )
-    found = make_evaluate(loaded.model, mesh, loaded.tokenizer.token_bytes(), rows)(loaded.params)
-    assert found is not None  # nobody stops it
+    batches = (put_batch(part, 1, mesh) for part in rows)
+    eval_step = make_eval_step(loaded.model, mesh)
+    found = evaluate(eval_step, loaded.params, batches, loaded.tokenizer.token_bytes())
     gzip = gzip_bits_per_byte(shards.val, int(found["bytes"]))
     say(f"validation: {found['bpb']:.4f} bits per byte; gzip -9 needs {gzip:.4f} on such text")
     say(f"  over {found['tokens']:,} tokens, {found['bytes']:,} bytes of {shards.val[0].name}")
