@@ -98,11 +98,10 @@ _PLAIN = {
 def describe(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's findings as one sentence about one parameter."""
     first = errors[0]
-    cause = first.get("ctx", {}).get("error")
     if first["type"] == "json_invalid":
-        return bad_request(f"the body is not valid JSON: {cause}")
-    if isinstance(cause, Unsupported):
-        return bad_request(str(cause), cause.name, "unsupported_parameter")
+        return bad_request(f"the body is not valid JSON: {first['ctx']['error']}")
+    if first["type"] == UNSUPPORTED:
+        return bad_request(first["msg"], first["ctx"]["name"], UNSUPPORTED)
     param = ""  # as in messages[0].content
     for part in first["loc"]:
         if isinstance(part, int):
@@ -124,12 +123,5 @@ def describe(errors: Sequence[Any]) -> ApiError:
     return bad_request(f"{param}: {problem}", param)
 
 
+UNSUPPORTED = "unsupported_parameter"  # one that would change the answer and is not implemented
 UNION_MEMBER = "as "  # begins the names of the members of unions, which no user need see
-
-
-class Unsupported(ValueError):
-    """A parameter that would change the answer and that is not implemented here."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name} is not supported by this server; leave it out")
-        self.name = name

@@ -8,8 +8,9 @@ is not implemented is an error that names it. The limits that the operator sets 
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
-from nanochat_jax.serve.errors import Unsupported, bad_request
+from nanochat_jax.serve.errors import UNSUPPORTED, bad_request
 from nanochat_jax.serve.settings import ServeConfig
 
 INT64 = 1 << 63
@@ -95,9 +96,10 @@ class Generate(Model):
     @classmethod
     def _no_unsupported(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            for name, harmless in UNSUPPORTED.items():
+            for name, harmless in HARMLESS_VALUES.items():
                 if value.get(name) is not None and value[name] not in harmless:
-                    raise Unsupported(name)
+                    message = "{name} is not supported by this server; leave it out"
+                    raise PydanticCustomError(UNSUPPORTED, message, {"name": name})
         return value
 
     @property
@@ -153,7 +155,7 @@ class CompletionRequest(Generate):
 
 
 # Parameters of OpenAI's that are errors, and which of their values ask for nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
