@@ -145,7 +145,7 @@ def record_evaluation(path: Path, found: dict[str, Any]) -> None:
 
     A mean over tasks that are not all of those in the file is left out.
     """
-    before = _read_json(path)
+    before = read_json(path)
     if before.get("step") != found["step"]:
         before = {}
     whole = before | found
@@ -167,7 +167,7 @@ class Meter:
     """
 
     def __init__(self, folder: Path, stage: str):
-        self._before = _read_json(folder / REPORT_FOLDER / f"{stage}.json")
+        self._before = read_json(folder / REPORT_FOLDER / f"{stage}.json")
         self._began, self._kwh = monotonic(), gpu_kwh()
 
     def read(self) -> dict[str, float]:
@@ -183,13 +183,13 @@ def read_meta(folder: Path, step: int | None = None) -> dict[str, Any]:
     that can be read."""
     checkpoints = folder / CHECKPOINTS_FOLDER
     if step is not None:
-        return _read_json(checkpoints / str(step) / "meta" / "metadata")
+        return read_json(checkpoints / str(step) / "meta" / "metadata")
     finished = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
     metas = (read_meta(folder, step) for step in sorted(finished, reverse=True))
     return next(filter(None, metas), {})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """{} for a file that is missing, torn, or no object: a report shows what is there."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from nanochat_jax.runs import (
     METRICS_FILE,
     REPORT_FOLDER,
     Record,
-    _read_json,
+    read_json,
     read_meta,
     read_metrics,
 )
@@ -94,7 +94,7 @@ def read_stage(folder: Path) -> StageRecord:
     sections = {
         path.stem: values
         for path in (*recorded, *(folder / name for name in EVALUATIONS))
-        if (values := _read_json(path))
+        if (values := read_json(path))
     }
     return StageRecord(folder, read_meta(folder), read_metrics(folder), sections)
 
