@@ -233,7 +233,7 @@ class Tokenizer:
         the message at fault.
         """
         ids, mask = [self.bos_id], [0]
-        for message in _merge_system(*_split_system(conversation)):
+        for message in _merge_system(*split_system(conversation)):
             for piece in self._pieces(message):
                 ids += piece.ids
                 mask += [piece.is_supervised] * len(piece.ids)
@@ -258,7 +258,7 @@ class Tokenizer:
         together; a system message moves to the oldest question kept. A last question that is too
         long by itself loses its beginning, but not its markers.
         """
-        system, messages = _split_system(conversation)
+        system, messages = split_system(conversation)
         if messages[-1]["role"] != "user":
             raise ValueError("a prompt must end with a message of the user")
         turns = [self._message_ids(message) for message in messages]
@@ -331,7 +331,7 @@ def _safe_parts(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
-def _split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
+def split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
     """A leading system message, and the rest, checked to alternate between user and assistant."""
     messages = _messages(conversation)
     system = None

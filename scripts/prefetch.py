@@ -55,44 +55,39 @@ class PrefetchConfig:
 def main() -> None:
     config = parse(PrefetchConfig, "prefetch", description=__doc__)
     sources = wanted_sources(config)
-    if config.offline:
-        report_check(sources)
+    if not config.offline:
+        fetch(sources, workers=config.workers)
+        sizes = [path.stat().st_size for source in sources for path in source.files()]
+        print(f"{task_data_dir()}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, complete")
         return
-    fetch(sources, workers=config.workers)
-    sizes = [path.stat().st_size for source in sources for path in source.files()]
-    print(f"{task_data_dir()}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, all there")
+    wrong, unknown = check(sources)
+    if unknown:
+        print(f"there, but not in the manifest, so without a checksum: {', '.join(unknown)}")
+    if wrong:
+        raise ValueError(
+            f"{task_data_dir()} is not complete: {'; '.join(wrong)}; run scripts/prefetch.py where "
+            "there is a network, and copy the folder here"
+        )
+    print(f"{task_data_dir()}: complete; {len(read_manifest())} files are in the manifest")
 
 
 def wanted_sources(config: PrefetchConfig) -> list[Source]:
     """The data of the stages, or of the single tasks, without repetition."""
+    stages = [one.strip() for one in config.stages.split(",")]
     if config.tasks:
-        found = [_source(one.strip()) for one in config.tasks.split(",")]
+        stages, tasks = [], [one.strip() for one in config.tasks.split(",")]
     else:
-        stages = [one.strip() for one in config.stages.split(",")]
         unknown = sorted(set(stages) - STAGES.keys())
         if unknown:
             raise ValueError(f"--stages knows {', '.join(STAGES)}, not {', '.join(unknown)}")
-        found = [_source(task) for stage in stages for task in STAGES[stage]]
-        found += [CORE_BUNDLE] if "core" in stages else []
+        tasks = [task for stage in stages for task in STAGES[stage]]
+    found: list[Source | None] = [CORE_BUNDLE] if "core" in stages else []
+    for task in tasks:
+        name, _, split = task.rpartition(":")
+        if not name:
+            raise ValueError(f"--tasks wants NAME:SPLIT, for example gsm8k:train, not {task!r}")
+        found.append(source_of(name, split))
     return list(dict.fromkeys(source for source in found if source is not None))
-
-
-def _source(task: str) -> Source | None:
-    name, _, split = task.rpartition(":")
-    if not name:
-        raise ValueError(f"--tasks wants NAME:SPLIT, for example gsm8k:train, not {task!r}")
-    return source_of(name, split)
-
-
-def report_check(sources: list[Source]) -> None:
-    """Ends with an error when something is missing or altered."""
-    wrong, unknown = check(sources)
-    if unknown:
-        print(f"not in the manifest, so only known to be there: {', '.join(unknown)}")
-    if wrong:
-        where = f"{task_data_dir()} is not complete: {'; '.join(wrong)}"
-        raise ValueError(f"{where}; run scripts/prefetch.py where there is a network, and copy it")
-    print(f"{task_data_dir()}: complete; {len(read_manifest())} files are in the manifest")
 
 
 if __name__ == "__main__":

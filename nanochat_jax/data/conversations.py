@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from nanochat_jax.data.loader import Layout, PackedRowsIterator, RowLoader
+from nanochat_jax.data.loader import Layout, PackedRowsDataset, RowLoader
 from nanochat_jax.data.packing import FitBuffer
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -349,26 +349,6 @@ class ConversationStream:
 # ---- all streams of one process --------------------------------------------------------------
 
 
-class ConversationRows(grain.IterDataset):
-    """A dataset whose elements are one process's `PackedRows` of a step."""
-
-    def __init__(self, source: RenderedDataset, layout: Layout, owned: range, pad_id: int) -> None:
-        super().__init__([_rendered(source, index, layout.streams) for index in owned])
-        self._owned = owned
-        self._arguments = (layout, source)
-        self._pad_id = pad_id
-
-    def __iter__(self) -> PackedRowsIterator:
-        rendered = [parent.__iter__() for parent in self.parents]
-        streams = {
-            index: ConversationStream(index, *self._arguments, iterator, self._pad_id)
-            for index, iterator in zip(self._owned, rendered, strict=True)
-        }
-        return PackedRowsIterator(
-            rendered, streams, lambda rows: PackedRows(*map(np.stack, zip(*rows, strict=True)))
-        )
-
-
 def _rendered(source: RenderedDataset, index: int, streams: int) -> grain.IterDataset:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
     endless = grain.MapDataset.source(source).repeat(reseed_each_epoch=False)
@@ -400,7 +380,12 @@ def conversation_loader(
         "packing": source.packing,
         "data": f"{len(source)} conversations",
     }
-    return RowLoader(ConversationRows(source, layout, owned, pad_id), identity, state)
+    dataset = PackedRowsDataset(
+        {index: _rendered(source, index, streams) for index in owned},
+        lambda index, rendered: ConversationStream(index, layout, source, rendered, pad_id),
+        lambda rows: PackedRows(*map(np.stack, zip(*rows, strict=True))),
+    )
+    return RowLoader(dataset, identity, state)
 
 
 def first_batches(

@@ -27,16 +27,39 @@ STREAMS = 8
 MIN_EXAMPLES = 16  # of a stream
 
 
+class PackedRowsDataset(grain.IterDataset):
+    """A dataset whose elements are one process's rows of a step.
+
+    `inputs` are what the streams read, by their numbers; `make_stream` makes a stream of a number
+    and an iterator; `stack` makes one element of the streams' rows.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[int, grain.IterDataset],
+        make_stream: Callable[[int, grain.DatasetIterator], Any],
+        stack: Callable[[list[Any]], Any] = np.stack,
+    ) -> None:
+        super().__init__(list(inputs.values()))
+        self._numbers, self._make_stream, self._stack = list(inputs), make_stream, stack
+
+    def __iter__(self) -> "PackedRowsIterator":
+        iterators = [parent.__iter__() for parent in self.parents]
+        numbered = zip(self._numbers, iterators, strict=True)
+        streams = {number: self._make_stream(number, iterator) for number, iterator in numbered}
+        return PackedRowsIterator(iterators, streams, self._stack)
+
+
 class PackedRowsIterator(grain.DatasetIterator):
     """Collects the rows of this process's streams, step by step, and stacks them."""
 
     def __init__(
         self,
-        encoded: Sequence[grain.DatasetIterator],
+        inputs: Sequence[grain.DatasetIterator],
         streams: Mapping[int, Any],
-        stack: Callable[[list[Any]], Any] = np.stack,
+        stack: Callable[[list[Any]], Any],
     ) -> None:
-        super().__init__(encoded)
+        super().__init__(inputs)
         self._streams = streams
         self._stack = stack
         self._step = 0

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from nanochat_jax.data.loader import Layout, PackedRowsIterator, RowLoader
+from nanochat_jax.data.loader import Layout, PackedRowsDataset, RowLoader
 from nanochat_jax.data.packing import BestFitPacker, Document
 from nanochat_jax.data.shards import DocumentBlocks, Shards, read_footer
 
@@ -156,41 +156,6 @@ class Stream:
         return self._visit % self._blocks_per_pass == 0 and self._visit != self._pass_began
 
 
-# ---- all streams of one process --------------------------------------------------------------
-
-
-class TextRows(grain.IterDataset):
-    """A dataset whose elements are one process's rows of a step, (rows, T+1) int32."""
-
-    def __init__(
-        self,
-        blocks: DocumentBlocks,
-        encode: BlockEncoder,
-        layout: Layout,
-        owned: range,
-        passes: bool = False,
-    ) -> None:
-        # A pass may end soon: its blocks are tokenised when needed, by all threads of the encoder.
-        ahead = 0 if passes else 1
-        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
-        parents = []
-        for index in owned:
-            text = stream_text(blocks, index, layout.streams, passes)
-            parents.append(text.map(encode).to_iter_dataset(options))
-        super().__init__(parents)
-        self._owned = owned
-        self._stream_arguments = (layout, blocks, encode)
-        self._passes = passes
-
-    def __iter__(self) -> "PackedRowsIterator":
-        encoded = [parent.__iter__() for parent in self.parents]
-        streams = {
-            index: Stream(index, *self._stream_arguments, blocks_of_stream, self._passes)
-            for index, blocks_of_stream in zip(self._owned, encoded, strict=True)
-        }
-        return PackedRowsIterator(encoded, streams)
-
-
 # ---- what the training loop calls ------------------------------------------------------------
 
 
@@ -263,4 +228,17 @@ def _row_loader(
     workers = 1 if passes else len(owned)  # blocks that are tokenised side by side
     encode = BlockEncoder(tokenizer, layout.sequence_len + 1, max(1, cores // workers))
     identity = {"version": 1, "layout": asdict(layout), "data": blocks.fingerprint}
-    return RowLoader(TextRows(blocks, encode, layout, owned, passes), identity, state)
+    # A pass may end soon: its blocks are tokenised when needed, by all threads of the encoder.
+    ahead = 0 if passes else 1
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+    inputs = {
+        index: stream_text(blocks, index, layout.streams, passes)
+        .map(encode)
+        .to_iter_dataset(options)
+        for index in owned
+    }
+
+    def make_stream(index: int, encoded: grain.DatasetIterator) -> Stream:
+        return Stream(index, layout, blocks, encode, encoded, passes)
+
+    return RowLoader(PackedRowsDataset(inputs, make_stream), identity, state)

@@ -12,9 +12,11 @@ the model's choice is the most likely (argmax) of them, each being one token.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple, Protocol
+
+from nanochat_jax.tokenizer import split_system
 
 log = logging.getLogger(__name__)
 
@@ -134,37 +136,21 @@ def check_answered(task: Task) -> None:
 def why_unusable(messages: Any) -> str | None:
     """What is wrong with a list of messages, or None.
 
-    After at most one system message, messages must alternate between the user and the assistant;
-    none may be empty, and at least one must be the assistant's.
+    The tokenizer must be able to render them, none may be empty, and at least one must be the
+    assistant's.
     """
-    if not isinstance(messages, list) or not messages:
-        return "no list of messages"
-    if not all(isinstance(message, Mapping) for message in messages):
-        return "a message is not an object with role and content"
-    roles = [message.get("role") for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * len(turns)
-    wrong = next((at for at, role in enumerate(turns) if role != expected[at]), None)
-    if wrong is not None:
-        return f"the {turns[wrong]}'s message where the {expected[wrong]}'s turn is"
-    if "assistant" not in turns:
+    try:
+        _, turns = split_system({"messages": messages})
+    except ValueError as error:
+        return str(error)
+    if len(turns) < 2:
         return "no message of the assistant"
-    return next((why for message in messages if (why := _why_not_content(message))), None)
-
-
-def _why_not_content(message: Mapping[str, Any]) -> str | None:
-    content = message.get("content")
-    if message["role"] == "assistant" and isinstance(content, list):
-        if not all(isinstance(part, Mapping) for part in content):
-            return "a part is not an object with type and text"
-        if any(part.get("type") not in ("text", "python", "python_output") for part in content):
-            return "a part that is not text, python or python_output"
-        if not all(isinstance(part.get("text"), str) for part in content):
-            return "a part without a text"
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        return f"the content of the {message['role']}'s message is not a string"
-    return None if content.strip() else f"an empty message of the {message['role']}"
+    for message in messages:
+        content = message["content"]
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        if not text.strip():
+            return f"an empty message of the {message['role']}"
+    return None
 
 
 def report_skipped(name: str, skipped: Sequence[Skipped], total: int) -> None:

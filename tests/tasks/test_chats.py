@@ -21,10 +21,10 @@ PARTS = [
 BAD_LINES = [
     (b"{not json", "not JSON"),
     (b"[" * 100_000, "not JSON"),
-    (b'"text"', "no list of messages"),
-    (b"[1, 2]", "a message is not an object"),
-    (b'[{"content": "x"}]', "the None's message where the user's turn is"),
-    (b'{"text": "a document"}', "no list of messages"),
+    (b'"text"', "a conversation has a list of messages"),
+    (b"[1, 2]", "message 0 has no role"),
+    (b'[{"content": "x"}]', "message 0 has no role"),
+    (b'{"text": "a document"}', "a conversation has a list of messages"),
     (b'[{"role": "user", "content": "\xff"}]', "not valid Unicode"),
     (
         rb'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]',
@@ -32,11 +32,11 @@ BAD_LINES = [
     ),
     (
         b'[{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "x"}]}]',
-        "a part that is not text, python or python_output",
+        "message 1 has a part without a text",
     ),
     (
         b'[{"role": "user", "content": ["a"]}, {"role": "assistant", "content": "b"}]',
-        "the content of the user's message is not a string",
+        "the content of message 0, the user's, must be a string",
     ),
 ]
 
@@ -67,7 +67,7 @@ def test_files_without_a_conversation(tmp_path):
     with pytest.raises(ValueError, match=r"mine.jsonl is empty"):
         make_task(f"json:{path}")
     path.write_text("[]\n")
-    with pytest.raises(ValueError, match=r"none of 1 rows can be used; .*line 1: no list"):
+    with pytest.raises(ValueError, match=r"none of 1 rows can be used; .*line 1: the conv"):
         make_task(f"json:{path}")
     with pytest.raises(ValueError, match="has the splits train, not 'test'"):
         make_task(f"json:{path}", "test")

@@ -20,14 +20,23 @@ def talk(*turns):
 
 GOOD = talk((USER, "hi"), (ASSISTANT, "hello"))
 BAD_TALKS = [
-    (talk((ASSISTANT, "hello"), (USER, "hi")), "the assistant's message where the user's turn is"),
-    (talk((USER, "a"), (USER, "b"), (ASSISTANT, "c")), "the user's message where the assistant's"),
+    (
+        talk((ASSISTANT, "hello"), (USER, "hi")),
+        "message 0 is the assistant's where the user's turn",
+    ),
+    (
+        talk((USER, "a"), (USER, "b"), (ASSISTANT, "c")),
+        "message 1 is the user's where the",
+    ),
     (talk((USER, "hi"), (ASSISTANT, " \n")), "an empty message of the assistant"),
-    (talk((USER, "hi"), (ASSISTANT, None)), "the content of the assistant's message is not a"),
+    (talk((USER, "hi"), (ASSISTANT, None)), "the content of message 1 must be a string or a li"),
     (talk((USER, "hi")), "no message of the assistant"),
-    (talk((SYSTEM, "be kind")), "no message of the assistant"),
-    (talk((SYSTEM, "a"), (SYSTEM, "b"), (USER, "c"), (ASSISTANT, "d")), "the system's message wh"),
-    ({"messages": []}, "no list of messages"),
+    (talk((SYSTEM, "be kind")), "the conversation has only a system message"),
+    (
+        talk((SYSTEM, "a"), (SYSTEM, "b"), (USER, "c"), (ASSISTANT, "d")),
+        "message 1 is the sys",
+    ),
+    ({"messages": []}, "the conversation has no message"),
 ]
 MMLU = {"question": "Which?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
 BAD_MMLU = [
