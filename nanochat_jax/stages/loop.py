@@ -310,8 +310,9 @@ def report_end(stage: Stage, trained: Trained, meter: Meter) -> None:
     if step == stage.num_steps:
         say(f"finished; try it: {stage.try_it()}")
     elif trained.stopped_by:
+        saved = "saved" if step else "nothing to save yet"
         say(
-            f"stopped by {trained.stopped_by} after step {step} of {stage.num_steps}; saved. "
+            f"stopped by {trained.stopped_by} after step {step} of {stage.num_steps}; {saved}. "
             f"Continue with: python scripts/{stage.name}.py "
             f"--config {quote(str(stage.folder / CONFIG_FILE))} --resume"
         )
