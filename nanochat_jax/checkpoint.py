@@ -7,8 +7,8 @@
       checkpoints/<step>/   params, opt_state (arrays); meta, loader (JSON)
 
 Arrays are stored in their logical shapes (train.py), so another number of devices can restore them;
-parameters and optimizer state apart, so that inference reads the parameters only. A checkpoint that
-was being written when the process died has another name and is never seen.
+parameters and optimizer state apart, so that inference reads the parameters only. A checkpoint gets
+its name when it is complete: one whose process died while writing it is never seen.
 """
 
 import gc
@@ -35,12 +35,15 @@ from nanochat_jax.train import TrainState
 
 NO_SPACE = "No space left on device"
 
-# Orbax warns there of what is meant to be so, and tells a failed save five times before it raises.
+# Orbax warns there about what is intended here, and logs a failed save five times before it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Every process of a cluster run makes the same calls."""
+    """The checkpoints of one run folder. Every process of a cluster run makes the same calls.
+
+    The last `keep_last` and the best one are kept.
+    """
 
     def __init__(self, run_folder: Path, keep_last: int = 2, read_only: bool = False):
         if keep_last < 1:
@@ -77,10 +80,10 @@ class Checkpoints:
     def save(
         self, state: TrainState, meta: dict[str, Any], loader_state: dict[str, Any] | None
     ) -> None:
-        """Begins to save a logical state; returns when the arrays may change.
+        """Begins to save a logical state; returns when its arrays may be overwritten.
 
-        `meta["val_bpb"]`, if there and not None, ranks the checkpoint. Raises what went wrong with
-        the save before, if anything.
+        `meta["val_bpb"]`, unless missing or None, ranks the checkpoint. ValueError if the save
+        before failed.
         """
         bpb = meta.get("val_bpb")
         args = ocp.args.Composite(
@@ -118,7 +121,7 @@ class Checkpoints:
         return self._read(step, loader=ocp.args.JsonRestore())["loader"] or None
 
     def wait(self) -> None:
-        """Until the save that is under way has ended; raises what went wrong with it."""
+        """Returns when the running save has ended; raises ValueError if it failed."""
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -166,7 +169,7 @@ def _val_bpb(metrics: dict[str, float]) -> float:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """path -> leaf: a checkpoint does not know optax's classes."""
+    """path -> leaf: checkpoints do not depend on optax's classes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -189,7 +192,6 @@ def load_model(
     *,
     mesh: Mesh | None = None,
     dtype: str = "auto",
-    attention: str = "auto",
 ) -> LoadedModel:
     """Loads model, parameters, tokenizer and meta from a run's folder; never the optimizer.
 
@@ -214,11 +216,11 @@ def load_model(
             f"{run_folder / TOKENIZER_FOLDER} has {tokenizer.vocab_size:,} tokens, but the model "
             f"was trained with one of {trained_with:,}: put that one back"
         )
-    return LoadedModel(make_model(config, dtype, attention), params, tokenizer, meta)
+    return LoadedModel(make_model(config, dtype), params, tokenizer, meta)
 
 
 def open_checkpoints(run_folder: Path) -> Checkpoints:
-    """For reading only; ValueError where there are none."""
+    """The checkpoints of a run, read-only; ValueError if it has none."""
     if not (run_folder / CHECKPOINTS_FOLDER).is_dir():
         raise ValueError(f"{run_folder} holds no checkpoints; train one with scripts/pretrain.py")
     return Checkpoints(run_folder, read_only=True)
@@ -229,16 +231,14 @@ def choose_step(checkpoints: Checkpoints, step: int | str | None) -> int:
     steps = checkpoints.steps()
     if not steps:
         raise ValueError(f"{checkpoints.folder} holds no finished checkpoint")
-    named = {None: steps[-1], "last": steps[-1], "best": checkpoints.best()}
-    chosen = named.get(step, step) if isinstance(step, str | None) else step
-    if isinstance(chosen, str) and chosen.isdigit():
-        chosen = int(chosen)
-    if chosen not in steps:
+    named = {"None": steps[-1], "last": steps[-1], "best": checkpoints.best() or steps[-1]}
+    named |= {str(number): number for number in steps}
+    if str(step) not in named:
         listed = ", ".join(map(str, steps))
         raise ValueError(f"{checkpoints.folder} has no step {step}; it has {listed}, last and best")
-    return chosen
+    return named[str(step)]
 
 
 def model_meta(config: GPTConfig) -> dict[str, Any]:
-    """What `load_model` needs in a checkpoint's meta."""
+    """The part of a checkpoint's meta that `load_model` needs."""
     return {"model": asdict(config)}

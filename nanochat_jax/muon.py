@@ -44,10 +44,16 @@ def scale_by_muon(
     """
     is_2026 = variant == "2026"
 
+    def second_moment(p):
+        fan_out, fan_in = p.shape[-2:]
+        return jnp.zeros(
+            (*p.shape[:-2], fan_out, 1) if fan_out >= fan_in else (*p.shape[:-2], 1, fan_in)
+        )
+
     def init(params):
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        second = jax.tree.map(lambda p: jnp.zeros(_second_moment_shape(p.shape)), params)
-        return MuonState(jnp.zeros([], jnp.int32), zeros, second if is_2026 else ())
+        second = jax.tree.map(second_moment, params) if is_2026 else ()
+        return MuonState(jnp.zeros([], jnp.int32), zeros, second)
 
     def update(updates, state, params=None):
         del params
@@ -77,8 +83,8 @@ def polar_update(g_SOI: jax.Array, second: jax.Array, compute_dtype) -> tuple[ja
     fan_out, fan_in = g_SOI.shape[-2:]
     # MuonEq: every row gets the mean row norm; then the whole is brought below spectral norm 1.
     row_norm = jnp.sqrt(jnp.sum(jnp.square(g_SOI), -1, keepdims=True))
-    equal = _frobenius(row_norm) / fan_out**0.5 / jnp.maximum(row_norm, 1e-6)
-    norm = _frobenius(row_norm * equal)
+    equal = _norm(row_norm) / fan_out**0.5 / jnp.maximum(row_norm, 1e-6)
+    norm = _norm(row_norm * equal)
     x_SOI = (g_SOI * (equal / (norm * 1.01 + 1e-6))).astype(compute_dtype)
     x_SOI = orthogonalise(x_SOI, POLAR_EXPRESS).astype(jnp.float32)
     # Muon+: the Frobenius norm of an exactly semi-orthogonal matrix.
@@ -96,8 +102,7 @@ def polar_update(g_SOI: jax.Array, second: jax.Array, compute_dtype) -> tuple[ja
 
 def newton_schulz_update(g_SOI: jax.Array, compute_dtype) -> jax.Array:
     """The 2025 direction of each matrix, float32."""
-    norm = jnp.sqrt(_total(jnp.square(g_SOI)))
-    x_SOI = (g_SOI / (norm + 1e-7)).astype(compute_dtype)
+    x_SOI = (g_SOI / (_norm(g_SOI) + 1e-7)).astype(compute_dtype)
     return orthogonalise(x_SOI, NEWTON_SCHULZ).astype(jnp.float32)
 
 
@@ -129,13 +134,8 @@ def _total(x: jax.Array) -> jax.Array:
     return jnp.sum(x, (-2, -1), keepdims=True)
 
 
-def _frobenius(row_norm_SO1: jax.Array) -> jax.Array:
-    return jnp.sqrt(_total(jnp.square(row_norm_SO1)))
-
-
-def _second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    *stack, fan_out, fan_in = shape
-    return (*stack, fan_out, 1) if fan_out >= fan_in else (*stack, 1, fan_in)
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(_total(jnp.square(x)))
 
 
 class CautiousDecayState(NamedTuple):

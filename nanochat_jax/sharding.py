@@ -39,7 +39,7 @@ def make_mesh(n_devices: int | None = None, devices: Sequence[Any] | None = None
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
-    """This process's devices of a mesh: what an engine runs on, of which each process has one."""
+    """This process's devices of a mesh: each process of a cluster run has its own engine."""
     return mesh if jax.process_count() == 1 else make_mesh(devices=mesh.local_devices)
 
 
@@ -103,8 +103,8 @@ def pad_tree(tree: Any, n_devices: int) -> Any:
 
 
 def logical_shardings(logical: Any, mesh: Mesh) -> Any:
-    """How unpadded arrays lie on the mesh: as in training where the devices divide them, else cut
-    along another dimension that they divide, else replicated."""
+    """How unpadded arrays lie on the mesh: as in training where the number of devices divides them,
+    else cut along another dimension that it divides, else replicated."""
 
     def choose(path, leaf):
         dim = shard_dim(path, leaf)
@@ -137,6 +137,6 @@ def make_to_logical(logical: Any, mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def from_logical(values: Any, mesh: Mesh) -> Any:
-    """Adds the padding again and lays the arrays out for training."""
+    """Adds the padding again and places the arrays for training on this mesh."""
     pad = jax.jit(lambda tree: pad_tree(tree, mesh.size), out_shardings=shardings(values, mesh))
     return pad(values)

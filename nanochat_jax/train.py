@@ -24,7 +24,6 @@ from nanochat_jax.sharding import (
     BATCH_SPEC,
     REPLICATED,
     SHARD_DIM,
-    from_logical,
     logical_shardings,
     make_to_logical,
     pad_axis,
@@ -79,7 +78,7 @@ def _fresh_state(model, optimizer, n_devices: int, key) -> TrainState:
 
 @lru_cache(maxsize=8)
 def _state_shapes(model, optimizer, n_devices: int) -> TrainState:
-    # Several callers want it, and tracing model and optimizer takes a second or two.
+    # Cached: several callers need it, and tracing model and optimizer takes a second or two.
     make = partial(_fresh_state, model, optimizer, n_devices)
     return jax.eval_shape(make, jax.random.key(0))
 
@@ -101,13 +100,8 @@ def abstract_logical_state(
 def make_state_to_logical(
     model: GPT, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState], TrainState]:
-    """The function from a state to what is saved of it: the state without padding."""
+    """The function from a state to the logical state that is saved: the one without padding."""
     return make_to_logical(abstract_logical_state(model, optimizer, mesh), mesh)
-
-
-def state_from_logical(mesh: Mesh, saved: TrainState) -> TrainState:
-    """What to train on: a restored state, padded and laid out for this mesh."""
-    return from_logical(saved, mesh)
 
 
 def put_batch(rows: np.ndarray, accumulation: int, mesh: Mesh) -> Batch:
@@ -128,15 +122,16 @@ def put_arrays(
 
 
 def cross_entropy(model, weights: Params, micro: Batch, denominator: jax.Array) -> jax.Array:
-    """The loss of every stage that learns to continue text."""
+    """The loss of pretraining and fine-tuning: mean cross-entropy of the supervised tokens."""
     losses = model.apply({"params": weights}, micro.inputs_ABT, micro.targets_ABT, method="losses")
     return sum_of(losses) / denominator
 
 
 def sum_of(losses: jax.Array) -> jax.Array:
-    """Their sum, without the drift of thousands added one after another, as XLA does on a CPU.
+    """Their sum in float32, without the rounding error of thousands added one after another.
 
-    What is left beside a rough mean is small, and so is the rounding of its sum.
+    That is what XLA does on a CPU. The differences from a rough mean are small, and so is the error
+    of their sum.
     """
     mean = jax.lax.stop_gradient(jnp.mean(losses))
     return jnp.sum(losses - mean) + mean * losses.size
@@ -189,8 +184,8 @@ def _accumulate(loss_of: Callable[[Params, Any], jax.Array], weights: Params, ba
     """Loss and float32 gradients of this device's rows over all micro-batches.
 
     All but the last run in a scan; the last runs outside it, so that its memory is free for what
-    follows and the compiler can overlap. The barrier keeps it from starting before the scan has
-    ended, which would hold two micro-batches of activations at once.
+    follows and the compiler can overlap them. The barrier keeps it from starting before the scan
+    has ended: two micro-batches of activations would be in memory together.
     """
     grad_of = jax.value_and_grad(loss_of)
     if batch.targets_ABT.shape[0] == 1:
@@ -262,16 +257,16 @@ def gather_weights(model: GPT, params: Params) -> Params:
 
 
 def make_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
-    """The jitted function from parameters cut over the mesh to whole ones in the compute dtype.
+    """The jitted function from sharded parameters to whole ones in the compute dtype.
 
-    They lie on every device: what generation needs in the middle of a run.
+    They lie on every device, as generation in the middle of a run needs them.
     """
     local, in_specs = partial(gather_weights, model), (specs(param_shapes(model.config)),)
     return jax.jit(shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED))
 
 
 def make_own_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
-    """As `make_gather`; with several processes the arrays are on one device of each, its own."""
+    """As `make_gather`; with several processes each gets the arrays on a device of its own."""
     gather = make_gather(model, mesh)
     if jax.process_count() == 1:
         return gather

@@ -17,7 +17,7 @@ from golden_optim import for_recipe
 from nanochat_jax.checkpoint import Checkpoints, load_model, model_meta
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import make_optimizer
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
     TrainState,
@@ -26,7 +26,6 @@ from nanochat_jax.train import (
     make_state_to_logical,
     make_train_step,
     put_batch,
-    state_from_logical,
 )
 
 # 3 layers: no number of devices but 1 divides the stacks, so padding is always there.
@@ -60,7 +59,7 @@ class Run:
         return make_state_to_logical(MODEL, OPTIMIZER, self.mesh)(state)
 
     def restore(self, checkpoints, step):
-        return state_from_logical(self.mesh, checkpoints.restore(step, self.abstract))
+        return from_logical(checkpoints.restore(step, self.abstract), self.mesh)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from golden_optim import for_recipe
 
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import make_optimizer
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.train import (
     abstract_state,
     init_state,
@@ -18,7 +18,6 @@ from nanochat_jax.train import (
     make_state_to_logical,
     make_train_step,
     put_batch,
-    state_from_logical,
 )
 
 CONFIG = {"sequence_len": 32, "vocab_size": 96, "n_layer": 3}
@@ -40,7 +39,7 @@ def initial_state(model, optimizer, mesh):
     fresh = make_state_to_logical(model, optimizer, mesh)(init_state(model, optimizer, mesh, KEY))
     noise = {name: 0.1 * jax.random.normal(KEY, leaf.shape) for name, leaf in fresh.params.items()}
     params = {name: np.asarray(leaf) + noise[name] for name, leaf in fresh.params.items()}
-    return state_from_logical(mesh, fresh.replace(params=params))
+    return from_logical(fresh.replace(params=params), mesh)
 
 
 def run(recipe, n_devices, accumulation, rows=ROWS, grad_clip=0.0):
@@ -100,7 +99,7 @@ def test_a_state_moves_to_another_number_of_devices(reference):
     model, optimizer, mesh = build("2026", 2)
     _, saved = run("2026", 8, 1, ROWS[:2])
     moved = jax.tree.map(np.asarray, saved)
-    state = state_from_logical(mesh, moved)
+    state = from_logical(moved, mesh)
     _, metrics = make_train_step(model, optimizer, mesh)(state, put_batch(ROWS[2], 1, mesh))
     assert float(metrics["loss"]) == pytest.approx(reference["2026"][0][2]["loss"], abs=1e-5)
 

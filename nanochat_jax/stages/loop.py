@@ -37,14 +37,9 @@ from nanochat_jax.runs import (
     record,
     write_run_files,
 )
+from nanochat_jax.sharding import from_logical
 from nanochat_jax.stages.stage import Loader, Stage
-from nanochat_jax.train import (
-    Metrics,
-    TrainState,
-    abstract_logical_state,
-    make_state_to_logical,
-    state_from_logical,
-)
+from nanochat_jax.train import Metrics, TrainState, abstract_logical_state, make_state_to_logical
 
 NON_FINITE_FILE = "nonfinite.json"
 SMOOTHING = 0.9  # of the loss that is printed
@@ -133,7 +128,7 @@ def begin(stage: Stage, checkpoints: Checkpoints) -> tuple[TrainState, LoopProgr
         meta, loader_state = checkpoints.meta(step), checkpoints.loader_state(step)
         check_fingerprint(stage.folder, meta["identity"], stage.fingerprint())
         abstract = abstract_logical_state(stage.model, stage.optimizer, stage.mesh)
-        state = state_from_logical(stage.mesh, checkpoints.restore(step, abstract))
+        state = from_logical(checkpoints.restore(step, abstract), stage.mesh)
         progress = LoopProgress(**{**meta["progress"], "done": tuple(meta["progress"]["done"])})
     loader = stage.loader(loader_state)
 

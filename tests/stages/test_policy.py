@@ -12,10 +12,10 @@ from golden_optim import arrays, model_config
 from nanochat_jax.evals.generation import Rollout
 from nanochat_jax.gpt import GPT, GPTConfig, init_params
 from nanochat_jax.interop.names import params_from_torch, params_to_torch
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.stages import policy
 from nanochat_jax.stages.settings import Objective
-from nanochat_jax.train import TrainState, init_state, make_train_step, state_from_logical
+from nanochat_jax.train import TrainState, init_state, make_train_step
 
 # Plain descent with rate 1: what a step takes off the parameters is their gradient.
 DESCENT = optax.sgd(1.0)
@@ -36,7 +36,7 @@ def step_of(model, params, rows, rewards, objective, n_devices=1, size=4, refere
     loss = partial(policy.policy_loss, objective)
     step = make_train_step(model, DESCENT, mesh, loss=loss)
     shapes = init_state(model, DESCENT, mesh, jax.random.key(0))
-    start = state_from_logical(mesh, TrainState(shapes.step, params, shapes.opt_state))
+    start = from_logical(TrainState(shapes.step, params, shapes.opt_state), mesh)
     before = {name: np.asarray(p) for name, p in start.params.items()}
     state, metrics = step(start, policy.put_rollouts(batch, mesh))
     whole = {n: p.shape for n, p in params.items()}
