@@ -124,7 +124,7 @@ def _append(engine: Engine, row: int, prompt: list[int]) -> None:
 
 
 def measure(config: BenchInferConfig) -> dict[str, Any]:
-    model, params, depth = _model(config)
+    model, params = _model(config)
     sizes = [int(size) for size in config.batch_sizes.split(",")]
     if config.prompt_tokens + config.new_tokens > model.config.sequence_len:
         raise ValueError(
@@ -153,7 +153,7 @@ def measure(config: BenchInferConfig) -> dict[str, Any]:
         "bandwidth_share": first["bandwidth_share"],
         "peak_gib": max(row["peak_gib"] for row in rows),
         "device": jax.devices()[0].device_kind,
-        "depth": depth,
+        "depth": model.config.n_layer,
         "recipe": model.config.recipe,
         "dtype": np.dtype(model.dtype).name,
         "prompt_tokens": config.prompt_tokens,
@@ -163,10 +163,10 @@ def measure(config: BenchInferConfig) -> dict[str, Any]:
     }
 
 
-def _model(config: BenchInferConfig) -> tuple[GPT, Params, int]:
+def _model(config: BenchInferConfig) -> tuple[GPT, Params]:
     if config.run:
         loaded = load_model(run_folder(config.run), dtype=config.dtype)
-        return loaded.model, loaded.params, loaded.model.config.n_layer
+        return loaded.model, loaded.params
     shape = plan(
         config.depth,
         recipe=config.recipe,
@@ -176,7 +176,7 @@ def _model(config: BenchInferConfig) -> tuple[GPT, Params, int]:
         device_batch_size=1,
     ).config
     model = GPT(shape, compute_dtype(config.dtype))
-    return model, init_params(model, jax.random.key(0)), config.depth
+    return model, init_params(model, jax.random.key(0))
 
 
 def _row(bench: InferBench, loop_s: float) -> dict[str, Any]:

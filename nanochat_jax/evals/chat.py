@@ -23,7 +23,7 @@ from nanochat_jax.evals.generation import (
     sample_task,
 )
 from nanochat_jax.evals.scoring import ProgressCallback, Scorer
-from nanochat_jax.evals.scoring_batches import Span, SpanScore
+from nanochat_jax.evals.scoring_batches import Span
 from nanochat_jax.tasks.task import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -83,10 +83,10 @@ def evaluate_categorical(
     """The argmax over the letters of each question, judged by the task."""
     conversations = [task[i] for i in range(len(task))]
     spans = [letter_spans(tokenizer, conversation) for conversation in conversations]
-    rewards = [
-        task.reward(conversation, most_likely_letter(conversation, scores))
-        for conversation, scores in zip(conversations, scorer.score(spans, progress), strict=True)
-    ]
+    rewards = []
+    for conversation, scores in zip(conversations, scorer.score(spans, progress), strict=True):
+        best = int(np.argmin([score.losses[0] for score in scores]))
+        rewards.append(task.reward(conversation, conversation["letters"][best]))
     guessing = np.mean([1 / len(conversation["letters"]) for conversation in conversations])
     baseline = CHAT_CORE.get(task.name, float(guessing))
     return ChatResult(task.name, task.kind, is_right(np.array(rewards))[:, None], baseline)
@@ -102,11 +102,6 @@ def letter_spans(tokenizer: Tokenizer, conversation: Conversation) -> list[Span]
             raise ValueError(f"the letter {letter!r} of a question is not one token but {tokens}")
         found.append(Span(np.array(prompt + tokens, np.int32), len(prompt)))
     return found
-
-
-def most_likely_letter(conversation: Conversation, scores: Sequence[SpanScore]) -> str:
-    losses = [score.losses[0] for score in scores]
-    return conversation["letters"][int(np.argmin(losses))]
 
 
 # --- generative -----------------------------------------------------------------------------------

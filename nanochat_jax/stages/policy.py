@@ -157,28 +157,25 @@ def policy_loss(
 ) -> jax.Array:
     """A train.Loss: the negative of the objective, summed over this micro-batch.
 
-    Without a ratio it is −Σ weight · advantage · log p, of which only the gradient is meaningful.
-    The KL is estimated by e^d − d − 1 with d = log p_ref − log p ("k3",
+    The objective of a token is weight · advantage · log p, of whose loss only the gradient is
+    meaningful; with `clip` it is PPO's clipped weight · advantage · ratio (arXiv 1707.06347). The
+    KL is estimated by e^d − d − 1 with d = log p_ref − log p ("k3",
     joschu.net/blog/kl-approx.html).
     """
     del supervised  # the weights divide
-    targets = micro.targets_ABT
+    targets, advantage = micro.targets_ABT, micro.advantages_AB[:, None]
     logprobs = -model.apply({"params": weights}, micro.inputs_ABT, targets, method="losses")
-    gain = surrogate(logprobs, micro.rollout_logprobs_ABT, micro.advantages_AB[:, None], objective)
+    if objective.clip > 0:
+        high = objective.clip if objective.clip_high is None else objective.clip_high
+        ratio = jnp.exp(logprobs - micro.rollout_logprobs_ABT)
+        bounded = jnp.clip(ratio, 1 - objective.clip, 1 + high)
+        gain = jnp.minimum(ratio * advantage, bounded * advantage)
+    else:
+        gain = advantage * logprobs
     if objective.kl > 0:
         distance = micro.reference_logprobs_ABT - logprobs
         gain -= objective.kl * (jnp.exp(distance) - distance - 1)
     return -jnp.sum(jnp.where(targets >= 0, micro.weights_AB[:, None] * gain, 0.0))
-
-
-def surrogate(logprobs, rollout_logprobs, advantage, objective: Objective):
-    """A token's objective: advantage · log p, or PPO's clipped advantage · ratio (1707.06347)."""
-    if objective.clip <= 0:
-        return advantage * logprobs
-    high = objective.clip if objective.clip_high is None else objective.clip_high
-    ratio = jnp.exp(logprobs - rollout_logprobs)
-    bounded = jnp.clip(ratio, 1 - objective.clip, 1 + high)
-    return jnp.minimum(ratio * advantage, bounded * advantage)
 
 
 # --- probabilities --------------------------------------------------------------------------------
