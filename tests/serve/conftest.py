@@ -106,7 +106,7 @@ def spare_scheduler(loaded) -> Scheduler:
 
 @pytest.fixture
 def serve(spare_scheduler, loaded):
-    """`with serve(rate_limit=3) as server`: a server of one's own, one at a time."""
+    """`with serve(rate_limit=3) as server`: a server for this test, one at a time."""
 
     def start(stage: str = "sft", **settings):
         return running_server(spare_scheduler, loaded.meta | {"stage": stage}, **settings)

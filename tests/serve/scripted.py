@@ -1,9 +1,9 @@
-"""Models of which one knows what they will say: after every token stand the ones that may follow.
+"""Models whose answers are known: after every token stand the ones that may follow.
 
-All blocks add nothing, so the logits depend on the last token alone: its embedding is one dimension
-of its own, by which the head points at its followers. Both models have the same shapes, so that
-their programs are compiled once: one says short things, in tokens of one byte, and the other what
-the page is to show.
+All blocks add nothing, so the logits depend on the last token alone: each token has its own
+dimension in the embedding, by which the head points at its followers. Both models have the same
+shapes, so that their programs are compiled once: one says short things, in tokens of one byte, and
+the other what the page is to show.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""bench_serve as a person starts it, with a server of its own."""
+"""bench_serve as a person starts it, with a server that it starts."""
 
 import importlib
 import json

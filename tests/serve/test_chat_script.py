@@ -1,5 +1,6 @@
 """The terminal chat: answers as they come, commands, a long talk, Ctrl-C; the script as a whole."""
 
+import importlib
 import io
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from conftest import script_environment
 
 from nanochat_jax.serve.terminal import Settings, Terminal, talk
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "chat.py"
 SHOWN = "Hi 😀⟨1+2⟩ = 3 ."  # what the scripted model says, on a terminal
 GREEDY = Settings(temperature=0, max_tokens=100)
 
@@ -66,7 +67,7 @@ def test_clear_forgets_and_quit_leaves(say_all):
     assert terminal.messages == []
 
 
-def test_what_no_longer_fits_is_forgotten_and_told(say_all):
+def test_what_no_longer_fits_is_forgotten_and_reported(say_all):
     settings = Settings(temperature=0, max_tokens=20)
     question = "q" * 2000
     out, terminal = say_all(question, question, question, "x" * 5000, "short", settings=settings)
@@ -90,21 +91,15 @@ def test_the_same_seed_gives_the_same_answers(say_all):
     assert answer(1) == answer(1) != answer(2)
 
 
-def chat_script(*flags: str, run_folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "chat.py", *flags],
-        env=script_environment(run_folder),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_one_question_from_standard_input(run_folder):
-    script = chat_script("-p", "-", "--temperature", "0", run_folder=run_folder)
-    out, err = script.communicate("hello", timeout=120)
-    assert (script.returncode, out.strip(), err) == (0, SHOWN, "")
+def test_one_question_from_standard_input(run_folder, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(run_folder.parent.parent))
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    chat = importlib.import_module("chat")
+    monkeypatch.setattr(chat, "start", lambda: None)  # would change this process's JAX
+    monkeypatch.setattr(sys, "argv", ["chat.py", "-p", "-", "--temperature", "0"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    chat.main()
+    assert capsys.readouterr().out.strip() == SHOWN
 
 
 def test_ctrl_c_stops_the_answer_and_then_leaves(run_folder, tmp_path):
@@ -112,7 +107,14 @@ def test_ctrl_c_stops_the_answer_and_then_leaves(run_folder, tmp_path):
     folder = tmp_path / "runs" / "endless"
     scripted.write_run(folder, stage="pretrain")
     flags = ["--run", str(folder), "--temperature", "0", "--max-tokens", "4000"]
-    script = chat_script(*flags, run_folder=run_folder)
+    script = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags],
+        env=script_environment(run_folder),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert script.stdin is not None
     assert script.stdout is not None
 

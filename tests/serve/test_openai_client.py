@@ -215,17 +215,19 @@ def test_logprobs_of_a_chat(chat):
 
 def test_logprobs_of_a_completion(complete):
     reply = complete("?", logprobs=2, temperature=1, max_tokens=5, seed=0)
-    told = reply.choices[0].logprobs
-    assert "".join(told.tokens) == reply.choices[0].text
-    assert told.text_offset == [0, 1, 2, 3, 4]
-    assert math.isclose(told.token_logprobs[0], math.log(1 / len(scripted.LETTERS)), abs_tol=0.01)
-    assert [len(top) for top in told.top_logprobs] == [2] * 5
+    logprobs = reply.choices[0].logprobs
+    assert "".join(logprobs.tokens) == reply.choices[0].text
+    assert logprobs.text_offset == [0, 1, 2, 3, 4]
+    assert math.isclose(
+        logprobs.token_logprobs[0], math.log(1 / len(scripted.LETTERS)), abs_tol=0.01
+    )
+    assert [len(top) for top in logprobs.top_logprobs] == [2] * 5
 
 
 def test_logprobs_end_with_the_text(complete):
-    told = complete("x", logprobs=0, stop="xy", temperature=0).choices[0].logprobs
-    assert told.tokens == ["y", "z"]
-    assert told.top_logprobs is None
+    logprobs = complete("x", logprobs=0, stop="xy", temperature=0).choices[0].logprobs
+    assert logprobs.tokens == ["y", "z"]
+    assert logprobs.top_logprobs is None
 
 
 def test_models(client):

@@ -31,7 +31,7 @@ def button(page: Page | Locator, name: str) -> Locator:
 # --- a conversation -------------------------------------------------------------------------------
 
 
-def test_a_conversation_streams_and_goes_on(chat):
+def test_a_conversation_streams_and_continues(chat):
     ask(chat, "Hello?")
     expect(answers(chat)).to_have_text([WHOLE])
     expect(chat.locator(".answer-text pre")).to_have_text("print(36)")
@@ -81,7 +81,7 @@ def test_escape_stops_and_typed_text_stays(endless):
     expect(endless.get_by_label("Message", exact=True)).to_have_value("meanwhile")
 
 
-def test_an_answer_goes_on_while_another_conversation_is_read(endless):
+def test_an_answer_continues_while_another_conversation_is_read(endless):
     ask(endless, "go")
     expect(endless.locator(".answer-text")).to_contain_text("on and on")
     button(endless, "New conversation").click()
@@ -176,7 +176,7 @@ def test_damaged_storage_does_not_matter(chat):
     expect(answers(chat)).to_have_count(2)
 
 
-def test_full_storage_is_told_and_the_page_works_on(chat):
+def test_full_storage_is_reported_and_the_page_still_works(chat):
     chat.evaluate(
         """() => {
             for (let size = 1 << 23; size >= 1; size >>= 1) {
@@ -303,7 +303,7 @@ def test_tokens_are_reached_by_arrow_keys(chat):
 # --- when things go wrong -------------------------------------------------------------------------
 
 
-def test_a_lost_connection_is_told_and_can_be_retried(visit, chat_url):
+def test_a_lost_connection_is_reported_and_can_be_retried(visit, chat_url):
     page = visit(chat_url, allow="Failed to load resource")
     page.context.set_offline(True)
     ask(page, "Hello?")
@@ -329,7 +329,7 @@ def test_an_answer_that_breaks_off_keeps_what_came(visit, start_server):
     expect(answers(page)).to_contain_text("on and on")
 
 
-def test_a_busy_server_is_told(visit, start_server):
+def test_a_busy_server_is_reported(visit, start_server):
     page = visit(start_server("sft", rate_limit=1).url, allow="429")
     ask(page, "Hello?")
     expect(answers(page)).to_have_text([WHOLE])
@@ -405,7 +405,7 @@ def test_the_page_keeps_to_the_characters_of_a_request(visit, start_server):
     expect(page.locator(".dropped")).to_contain_text("2 oldest messages")
 
 
-def test_forgotten_messages_are_told(visit, chat_url):
+def test_dropped_messages_are_reported(visit, chat_url):
     """Two are more than the server takes, sixteen more than the model can read."""
     page = visit(chat_url)
     page.evaluate(

@@ -223,7 +223,7 @@ def exchange(server, request: bytes) -> bytes:
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-def test_who_asks_first_is_told_before_sending(chat_server):
+def test_who_expects_100_continue_is_refused_before_sending(chat_server):
     asked = HEAD + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
     answer = exchange(chat_server, asked)
     assert answer.startswith(b"HTTP/1.1 413")

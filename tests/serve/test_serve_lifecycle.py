@@ -62,7 +62,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten(serve):
         assert server.stats().busy_slots == 4
 
 
-def test_a_client_that_reads_nothing_holds_nobody_up(chat_server, http):
+def test_a_client_that_reads_nothing_blocks_no_other(chat_server, http):
     body = ENDLESS | {"stream": True, "n": 4, "logprobs": 5, "max_tokens": 1000}
     content = json.dumps(body).encode()
     # The system would keep megabytes for the client; those who come now get less.

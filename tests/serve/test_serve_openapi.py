@@ -27,7 +27,7 @@ def test_requests_made_up_from_the_description(serve, mode):
 
         @given(case=schema.as_strategy(generation_mode=mode))
         @settings(
-            max_examples=100,
+            max_examples=60,
             deadline=None,
             derandomize=True,
             database=None,

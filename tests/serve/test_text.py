@@ -69,7 +69,7 @@ def test_a_token_is_placed_at_the_character_of_its_first_byte():
     ids = [*map(tokenizer.ranks.index, said), tokenizer.special_id("<|python_start|>")]
     pieces = [p for i in ids for p in reader.add(Token(0, i, False, -1.0, ()))]
     assert text_of(pieces) == "a😀b\ufffdc\ufffd"
-    # A broken character is one of its own; the marker comes after all that it cut off.
+    # A broken character counts as one; the marker comes after all that it cut off.
     assert [t.offset for p in pieces for t in p.tokens] == [0, 1, 1, 3, 4, 5, 6]
 
 
