@@ -170,17 +170,9 @@ class Download:
             )
         incoming = self.folder / ".incoming"
         shutil.rmtree(incoming, ignore_errors=True)  # of an interrupted run
+        # The threads of a ThreadPool are daemons: an error or Ctrl-C does not wait for them.
         with (
-            closing(
-                _Bar(
-                    desc=f"{len(lacking)} files",
-                    total=size,
-                    unit="B",
-                    unit_scale=True,
-                    disable=None,
-                )
-            ) as bar,
-            # Its threads are daemons: an error or Ctrl-C does not wait for what they download.
+            closing(_Bar(len(lacking), size)) as bar,
             ThreadPool(min(self.workers, len(lacking))) as pool,
         ):
             for _ in pool.imap_unordered(
@@ -190,20 +182,19 @@ class Download:
         shutil.rmtree(incoming, ignore_errors=True)
 
     def _fetch(self, name: str, file: HubFile, incoming: Path, bar: "_Bar") -> None:
-        """Downloads one file; one with a wrong checksum is thrown away, once."""
+        """Downloads one file; after a wrong checksum, once more."""
         for _ in range(2):
             with self._explained(file.url, name, f"the data set {file.repo_id}"):
-                arrived = Path(
-                    huggingface_hub.hf_hub_download(
-                        file.repo_id,
-                        file.path,
-                        repo_type="dataset",
-                        revision=file.revision,
-                        endpoint=endpoint(),
-                        local_dir=incoming,
-                        tqdm_class=bar,
-                    )
+                local = huggingface_hub.hf_hub_download(
+                    file.repo_id,
+                    file.path,
+                    repo_type="dataset",
+                    revision=file.revision,
+                    endpoint=endpoint(),
+                    local_dir=incoming,
+                    tqdm_class=bar,
                 )
+                arrived = Path(local)
                 if file.is_at(arrived):
                     target = self.folder / name
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +233,6 @@ class Download:
         server = "{0.scheme}://{0.netloc}".format(urlsplit(url))
         try:
             yield
-        except ValueError:
-            raise
         except Exception as error:
             cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
             raise ValueError(self._sentence(cause or error, server, name, source)) from error
@@ -272,6 +261,10 @@ class Download:
 
 class _Bar(huggingface_hub.utils.tqdm):
     """One bar for the bytes of all files, where huggingface_hub would show one for each."""
+
+    def __init__(self, n_files: int, size: int) -> None:
+        desc = f"{n_files} files"
+        super().__init__(desc=desc, total=size, unit="B", unit_scale=True, disable=None)
 
     def __call__(self, **settings: object) -> Self:
         return self
