@@ -201,7 +201,6 @@ def read_json(path: Path) -> dict[str, Any]:
 # --- energy: NVML's counter, through the driver's library alone -----------------------------------
 
 JOULES_PER_KWH = 3.6e6
-_LIBRARY = "libnvidia-ml.so.1"
 
 
 def gpu_kwh() -> float | None:
@@ -216,27 +215,23 @@ def gpu_kwh() -> float | None:
     count = ctypes.c_uint()
     if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return None
-    readings = [_millijoules(nvml, index) for index in range(count.value)]
-    known = [reading for reading in readings if reading is not None]
-    return sum(known) / 1000 / JOULES_PER_KWH if known else None
+    millijoules = []
+    for index in range(count.value):
+        device, energy = ctypes.c_void_p(), ctypes.c_ulonglong()
+        failed = nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
+        failed = failed or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy))
+        if not failed:
+            millijoules.append(energy.value)
+    return sum(millijoules) / 1000 / JOULES_PER_KWH if millijoules else None
 
 
 @cache
 def _nvml() -> Any:
     try:
-        nvml = ctypes.CDLL(_LIBRARY)
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
     return nvml if nvml.nvmlInit_v2() == 0 else None
-
-
-def _millijoules(nvml: Any, index: int) -> int | None:
-    device, energy = ctypes.c_void_p(), ctypes.c_ulonglong()
-    if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
-        return None
-    if nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy)):
-        return None
-    return energy.value
 
 
 # --- metrics.jsonl always, Weights & Biases when asked --------------------------------------------

@@ -148,7 +148,6 @@ def plan(
     n_kv_head: int | None = None,
     num_iterations: int | None = None,
     target_flops: float | None = None,
-    batch_lr_scale: float | None = None,
     device_batch_size: int = 32,
     n_devices: int = 1,
     **overrides: Any,
@@ -184,7 +183,7 @@ def plan(
         target_tokens=target_tokens,
         reference_tokens=reference,
         total_batch_size=batch,
-        batch_lr_scale=_batch_lr_scale(recipe, batch) if batch_lr_scale is None else batch_lr_scale,
+        batch_lr_scale=(batch / REFERENCE_BATCH) ** 0.5 if reference else 1.0,
         weight_decay_scaled=_scaled_weight_decay(settings, batch, target_tokens, reference),
         num_iterations=steps,
         length_rule=length_rule,
@@ -324,10 +323,6 @@ def _reference_tokens(recipe: str, settings: Recipe, depth: int, width: int) -> 
     return settings.target_param_data_ratio * count_scaling_params(reference)
 
 
-def _batch_lr_scale(recipe: str, batch: int) -> float:
-    return (batch / REFERENCE_BATCH) ** 0.5 if recipe == "2026" else 1.0
-
-
 def _scaled_weight_decay(
     settings: Recipe, batch: int, target_tokens: int, reference_tokens: float | None
 ) -> float:
@@ -431,8 +426,6 @@ def _explain_rates(plan: Plan) -> list[tuple[str, str, str]]:
     settings, scale = plan.settings, plan.batch_lr_scale
     width = (plan.config.n_embd / 768) ** -0.5
     rule = f"sqrt(batch / {REFERENCE_BATCH:,})" if plan.recipe == "2026" else "not scaled"
-    if scale != _batch_lr_scale(plan.recipe, plan.total_batch_size):
-        rule = "as given"
     decay = (
         f"{settings.weight_decay:g} × sqrt(batch / {REFERENCE_BATCH:,}) × tokens of d12 / tokens"
     )

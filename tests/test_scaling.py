@@ -158,11 +158,9 @@ def test_explanations_hold_what_decided():
 
 
 def test_overrides_reach_the_plan():
-    made = plan(4, n_kv_head=1, batch_lr_scale=0.5, matrix_lr=0.01, vocab_size=None, head_dim=64)
+    made = plan(4, n_kv_head=1, matrix_lr=0.01, vocab_size=None, head_dim=64)
     assert made.config.n_kv_head == 1
     assert made.config.vocab_size == 32768
-    assert made.batch_lr_scale == 0.5
-    assert ("lr scale", "0.5000", "as given") in explain(made)
     assert made.settings.matrix_lr == 0.01
     unscaled = plan(20, "2025", total_batch_size=2**18, weight_decay=0.1)
     assert (unscaled.batch_lr_scale, unscaled.weight_decay_scaled) == (1.0, 0.1)
