@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_optim import for_recipe
+from random_params import random_params
 
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import make_optimizer
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.train import (
+    TrainState,
     abstract_state,
     init_state,
     make_eval_step,
@@ -36,10 +38,8 @@ def build(recipe, n_devices):
 def initial_state(model, optimizer, mesh):
     """Nothing zero: at the recipe's own start the 2026 scalars have gradients of pure round-off,
     which AdamW turns into steps of full size, and no two summation orders agree on them."""
-    fresh = make_state_to_logical(model, optimizer, mesh)(init_state(model, optimizer, mesh, KEY))
-    noise = {name: 0.1 * jax.random.normal(KEY, leaf.shape) for name, leaf in fresh.params.items()}
-    params = {name: np.asarray(leaf) + noise[name] for name, leaf in fresh.params.items()}
-    return from_logical(fresh.replace(params=params), mesh)
+    params = random_params(model.config)
+    return from_logical(TrainState(jnp.int32(0), params, optimizer.init(params)), mesh)
 
 
 def run(recipe, n_devices, accumulation, rows=ROWS, grad_clip=0.0):

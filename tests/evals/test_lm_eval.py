@@ -6,10 +6,11 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from random_params import random_params
 
 from nanochat_jax.checkpoint import LoadedModel
 from nanochat_jax.evals.lm_eval import Harness
-from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
+from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 from tests.engine.reference import generate
 
@@ -35,10 +36,7 @@ def loaded() -> LoadedModel:
         sequence_len=LENGTH, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1,
         n_embd=32,
     )  # fmt: skip
-    rng = np.random.default_rng(0)
-    table = parameter_table(config)
-    params = {n: rng.normal(0, 0.3, shape).astype(np.float32) for n, (shape, _) in table.items()}
-    return LoadedModel(GPT(config), params, tokenizer, {})
+    return LoadedModel(GPT(config), random_params(config), tokenizer, {})
 
 
 @pytest.fixture(scope="module")

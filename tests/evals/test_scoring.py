@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from random_params import random_params
 
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.evals.scoring_batches import (
@@ -15,7 +16,7 @@ from nanochat_jax.evals.scoring_batches import (
     rows_of,
     shapes_of,
 )
-from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
+from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.sharding import from_logical, make_mesh
 
 VOCAB = 96
@@ -28,10 +29,7 @@ def random_model(recipe: str):
         recipe=recipe, sequence_len=192, vocab_size=VOCAB, n_layer=2, n_head=4, n_kv_head=2,
         n_embd=32, window_pattern="SL",
     )  # fmt: skip
-    rng = np.random.default_rng(0)
-    table = parameter_table(config)
-    params = {n: rng.normal(0, 0.3, shape).astype(np.float32) for n, (shape, _) in table.items()}
-    return GPT(config), params
+    return GPT(config), random_params(config)
 
 
 def make_scorer(model, params, n_devices=1, **how):

@@ -5,9 +5,10 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from random_params import random_params
 
 from nanochat_jax.evals.bits_per_byte import token_logprobs
-from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
+from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 
 LENGTH = 32
@@ -21,10 +22,7 @@ def loaded(request):
         recipe=request.param, sequence_len=LENGTH, vocab_size=tokenizer.vocab_size, n_layer=1,
         n_head=2, n_kv_head=1, n_embd=32,
     )  # fmt: skip
-    rng = np.random.default_rng(0)
-    table = parameter_table(config)
-    params = {n: rng.normal(0, 0.3, shape).astype(np.float32) for n, (shape, _) in table.items()}
-    return GPT(config), params, tokenizer
+    return GPT(config), random_params(config), tokenizer
 
 
 def losses(model, params, tokens) -> np.ndarray:
