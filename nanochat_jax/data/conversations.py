@@ -285,24 +285,24 @@ class ConversationStream:
         """This stream's rows of a step (each without the axis R), some tokens supervised."""
         for _ in range(len(self._source) + 1):
             rows = [self._row() for _ in range(self._layout.rows // self._layout.streams)]
-            if any((row.targets_RT >= 0).any() for row in rows):
-                self._counts[PADDING] = sum(int(row.counts_RC[PADDING]) for row in rows)
-                rows[0] = rows[0]._replace(counts_RC=self._counts)
-                rows[1:] = [row._replace(counts_RC=0 * self._counts) for row in rows[1:]]
-                self._counts = np.zeros(len(COUNTS), np.int32)
-                return rows
+            if any((targets >= 0).any() for _, targets in rows):
+                counts_RC = np.zeros((len(rows), len(COUNTS)), np.int32)
+                counts_RC[0] = self._counts
+                self._counts[:] = 0
+                return [PackedRows(*row, counts_RC[i]) for i, row in enumerate(rows)]
             self._counts[SKIPPED] += len(rows)
+            self._counts[PADDING] = 0
         raise ValueError("the conversations have nothing to learn: no message of the assistant")
 
-    def _row(self) -> PackedRows:
+    def _row(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, (T,) each."""
         length, content = self._layout.sequence_len, self._packer.pop_row(self._take)
         ids = np.full(length + 1, self._pad_id, np.int32)
         is_learned = np.zeros(length + 1, bool)
         filled = len(content[0])
         ids[:filled], is_learned[:filled] = content
-        counts = np.zeros(len(COUNTS), np.int32)
-        counts[PADDING] = max(length - filled, 0)
-        return PackedRows(ids[:-1], np.where(is_learned, ids, -1)[1:], counts)
+        self._counts[PADDING] += max(length - filled, 0)
+        return ids[:-1], np.where(is_learned, ids, -1)[1:]
 
     def _take(self) -> Buffered:
         """The next conversation that is not dropped."""
