@@ -1,7 +1,7 @@
 """Multiple choice built from the local text, answered with a bare letter.
 
-Which choice is a given word, which of four words a sentence contains, and which word it is missing:
-what a small model can find in the question, or know from such text.
+Which choice is a given word, which of four words occurs in a sentence, which word is missing from
+it: what a small model can find in the question, or know from such text.
 """
 
 import random
