@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,8 +98,8 @@ def _children() -> list[int]:
 
 def _isolate(payload: Payload, ready: int) -> NoReturn:
     """Below the supervisor: namespaces, made here or by bwrap, then the program."""
-    kernel.die_with_parent()
-    kernel.set_oom_score()
+    with suppress(OSError):  # helpful, not needed: first to be killed when memory runs out
+        Path("/proc/self/oom_score_adj").write_text("1000")
     if payload["backend"] == "bubblewrap":
         _write_stdin(payload)
         os.set_inheritable(ready, True)
@@ -123,12 +124,7 @@ def _write_stdin(payload: Payload) -> None:
 
 def _delegate(then: Callable[[], NoReturn]) -> NoReturn:
     """Runs `then` in a child, whose exit code becomes this process's; reaps orphans meanwhile."""
-
-    def in_child() -> NoReturn:
-        kernel.die_with_parent()
-        then()
-
-    child = _fork(in_child)
+    child = _fork(then)
     pid, status = os.wait()
     while pid != child:
         pid, status = os.wait()
@@ -158,11 +154,12 @@ def _program(payload: Payload, ready: int) -> NoReturn:
 
 
 def _fork(then: Callable[[], NoReturn]) -> int:
-    """A child that does `then` and never returns from here; returns its process id."""
+    """A child that does `then`, and ends with its parent; returns its process id."""
     child = os.fork()
     if child:
         return child
     try:
+        kernel.die_with_parent()
         then()
     except BaseException as error:
         print(error, flush=True)

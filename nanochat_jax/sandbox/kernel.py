@@ -12,7 +12,6 @@ import resource
 import signal
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 TMP_MIB = 16  # what a program can write, in its empty /tmp
@@ -40,12 +39,12 @@ class Refused(Exception):
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Signals this process when its parent ends. A change of user or capabilities undoes it."""
-    _prctl(_SET_DEATH_SIGNAL, number)
+    prctl(_SET_DEATH_SIGNAL, number)
 
 
 def adopt_orphans() -> None:
     """Descendants whose parents died become children of this process, which can reap them."""
-    _prctl(_SET_SUBREAPER, 1)
+    prctl(_SET_SUBREAPER, 1)
 
 
 # --- namespaces -----------------------------------------------------------------------------------
@@ -208,12 +207,6 @@ def limit(memory_mib: int, cpu_s: int, count_tasks: bool) -> None:
         resource.setrlimit(what, (value, value))
 
 
-def set_oom_score() -> None:
-    """When the machine's memory runs out, this process is killed first."""
-    with suppress(OSError):  # helpful, not needed
-        Path("/proc/self/oom_score_adj").write_text("1000")
-
-
 def drop_capabilities() -> None:
     """No capability, now or later."""
     for capability in range(64):
@@ -225,20 +218,14 @@ def drop_capabilities() -> None:
 
 
 def allow_no_new_privileges() -> None:
-    _prctl(_NO_NEW_PRIVILEGES, 1)
+    prctl(_NO_NEW_PRIVILEGES, 1)
 
 
 # --- calling --------------------------------------------------------------------------------------
 
 
-def prctl_pointer(option: int, argument: int, pointer: ctypes.Array) -> None:
-    """prctl with a pointer as its third argument."""
+def prctl(option: int, argument: int, pointer: ctypes.Array | int = 0) -> None:
     if _libc.prctl(option, ctypes.c_ulong(argument), pointer, 0, 0):
-        _refuse(f"prctl {option}")
-
-
-def _prctl(option: int, argument: int) -> None:
-    if _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0):
         _refuse(f"prctl {option}")
 
 

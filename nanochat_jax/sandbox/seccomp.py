@@ -12,7 +12,7 @@ import errno
 import platform
 import struct
 
-from nanochat_jax.sandbox.kernel import Refused, allow_no_new_privileges, prctl_pointer
+from nanochat_jax.sandbox.kernel import Refused, allow_no_new_privileges, prctl
 
 # name:number on x86-64:number on aarch64
 _HARMLESS = """
@@ -85,7 +85,7 @@ def install(pid: int, interpreter: int, may_write: bool) -> None:
     code = ctypes.create_string_buffer(program, len(program))
     count, address = len(program) // 8, ctypes.addressof(code)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", count, address))
-    prctl_pointer(_SET_SECCOMP, _MODE_FILTER, header)
+    prctl(_SET_SECCOMP, _MODE_FILTER, header)
 
 
 def build(pid: int, interpreter: int, may_write: bool, machine: str | None = None) -> Instructions:
@@ -103,8 +103,25 @@ def build(pid: int, interpreter: int, may_write: bool, machine: str | None = Non
     code += _only(checked["execveat"], 0, (interpreter,))
     for name, commands in _ALLOWED_COMMANDS.items():
         code += _only(checked[name], _COMMAND_ARGUMENT[name], commands)
-    code += _when(checked["clone"], _is_thread())
-    code += _when(checked["socketpair"], _is_stream_pair())
+    is_thread = [
+        _argument(0),
+        _jump(_ANY_BIT, _CLONE_NEW, 1, 0),
+        _jump(_ANY_BIT, _CLONE_THREAD, 1, 0),
+        _return(_FAIL | errno.EPERM),
+        _return(_ALLOW),
+    ]
+    # AF_UNIX and SOCK_STREAM: a datagram pair could write to other sockets by their names.
+    is_stream_pair = [
+        _argument(0),
+        _jump(_EQUAL, 1, 0, 3),
+        _argument(1),
+        _instruction(_MASK, 0xF),
+        _jump(_EQUAL, 1, 1, 0),
+        _return(_FAIL | errno.EPERM),
+        _return(_ALLOW),
+    ]
+    code += _when(checked["clone"], is_thread)
+    code += _when(checked["socketpair"], is_stream_pair)
     code += _when(checked["clone3"], [_return(_FAIL | errno.ENOSYS)])  # the C library takes clone
     code += [_jump(_AT_LEAST, _NEWER_THAN_THIS_TABLE, 0, 1), _return(_FAIL | errno.ENOSYS)]
     return [*code, _return(_FAIL | errno.EPERM)]
@@ -126,29 +143,6 @@ def _only(number: int, argument: int, values: tuple[int, ...]) -> Instructions:
     for value in values:
         block += [_jump(_EQUAL, value, 0, 1), _return(_ALLOW)]
     return _when(number, [*block, _return(_FAIL | errno.EPERM)])
-
-
-def _is_thread() -> Instructions:
-    return [
-        _argument(0),
-        _jump(_ANY_BIT, _CLONE_NEW, 1, 0),
-        _jump(_ANY_BIT, _CLONE_THREAD, 1, 0),
-        _return(_FAIL | errno.EPERM),
-        _return(_ALLOW),
-    ]
-
-
-def _is_stream_pair() -> Instructions:
-    """AF_UNIX and SOCK_STREAM: a datagram pair could write to other sockets by their names."""
-    return [
-        _argument(0),
-        _jump(_EQUAL, 1, 0, 3),
-        _argument(1),
-        _instruction(_MASK, 0xF),
-        _jump(_EQUAL, 1, 1, 0),
-        _return(_FAIL | errno.EPERM),
-        _return(_ALLOW),
-    ]
 
 
 def _argument(index: int) -> bytes:
