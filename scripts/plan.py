@@ -67,7 +67,11 @@ def main() -> None:
     # Only the compiler is wanted: without this JAX would look for a GPU, and fail without one.
     jax.config.update("jax_platforms", "cpu")
     config = parse(PlanConfig, "pretrain", description=__doc__)
-    target, devices = choose_machine(config)
+    if config.target == "auto":
+        found, number = estimate.this_machine()
+    else:
+        found, number = config.target, 1 if config.target == "cpu" else GPUS_PER_NODE
+    target, devices = described(found) or found, config.gpus or number
     if config.target == "auto" and target != "cpu" and find_device(target) is None:
         print(f"No data sheet of {target!r} in nanochat_jax/devices.py: no plan for this machine.")
         return
@@ -84,21 +88,14 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def choose_machine(config: PlanConfig) -> tuple[str, int]:
-    """(target, number of devices) to plan for; a GPU that can be compiled for by its short name."""
-    if config.target == "auto":
-        found, number = estimate.this_machine()
-    else:
-        found, number = config.target, 1 if config.target == "cpu" else GPUS_PER_NODE
-    return described(found) or found, config.gpus or number
-
-
 def summarise(
     config: PlanConfig, plan: Plan, cost: estimate.StepCost, target: str
 ) -> dict[str, Any]:
     """What every plan says, compiled or not."""
     checkpoint = estimate.state_bytes(plan)
     shards = estimate.shards_needed(plan.total_tokens, config.dataset)
+    # The checkpoints kept, the best one, and the one being written.
+    disk = shards * estimate.SHARD_BYTES + checkpoint * (config.keep_last + 2)
     hours = plan.num_iterations * cost.step_s / 3600
     price = 0.0 if target == "cpu" else config.usd_per_gpu_hour
     return {
@@ -120,7 +117,7 @@ def summarise(
         "hours": round(hours, 3),
         "usd": round(hours * plan.n_devices * price, 2),
         "shards": shards,
-        "disk_gb": round(estimate.disk_bytes(shards, checkpoint, config.keep_last) / 1e9, 2),
+        "disk_gb": round(disk / 1e9, 2),
         "compiled": False,
         **dict.fromkeys(PROGRAM_KEYS),
     }
@@ -160,8 +157,7 @@ def rows(plan: Plan, s: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     steps = f"{s['steps']:,} steps of {plan.total_batch_size:,}"
     batch = f"{s['gpus']} × {plan.grad_accum_steps} micro-batches of {s['device_batch_size']} rows"
     whose = "as compiled" if s.get("max_device_batch_compiled") else "estimated"
-    hours = s["hours"]
-    duration = f"{hours:.2f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    duration = f"{s['hours']:.2f} h" if s["hours"] >= 1 else f"{s['hours'] * 60:.1f} min"
     yield "parameters", f"{plan.params.total:,}", per_token
     yield "tokens", f"{plan.total_tokens:,}", steps
     usable = f"of {s['capacity_gib']} GiB that it may take; {batch}"

@@ -38,7 +38,7 @@ KEPT_ACTIVATIONS_D = 15  # arrays (tokens, D) that a layer keeps for its backwar
 KEPT_ACTIVATIONS_KV = 3  # … (tokens, K·H): see `activation_bytes`
 
 
-# --- text, disk, MFU ------------------------------------------------------------------------------
+# --- text, state, MFU -----------------------------------------------------------------------------
 
 
 def shards_needed(tokens: int, dataset: str) -> int:
@@ -57,11 +57,6 @@ def state_bytes(plan: Plan) -> int:
     model, optimizer = model_and_optimizer(plan, jnp.float32, "blocked")
     state = abstract_logical_state(model, optimizer, make_mesh(1))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def disk_bytes(shards: int, checkpoint: int, keep_last: int) -> float:
-    """Text, the checkpoints kept, the best one, and the one being written."""
-    return shards * SHARD_BYTES + checkpoint * (keep_last + 2)
 
 
 def mfu(plan: Plan, cost: "StepCost", target: str) -> float | None:
@@ -158,16 +153,16 @@ def usable_share() -> float:
     return float(next(filter(None, map(os.environ.get, names)), GPU_MEMORY_SHARE))
 
 
-def measured_cpu_flops(size: int = 512, seconds: float = 0.5) -> float:
-    """FLOP/s of float32 matrix products on this machine, all cores, at their best."""
-    a = np.ones((size, size), np.float32)
+def measured_cpu_flops() -> float:
+    """FLOP/s of float32 matrix products on this machine, all cores, at their best in 0.5 s."""
+    a = np.ones((512, 512), np.float32)
     a @ a
-    best, end = math.inf, time.perf_counter() + seconds
+    best, end = math.inf, time.perf_counter() + 0.5
     while time.perf_counter() < end:
         began = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return 2 * len(a) ** 3 / best
 
 
 def this_machine() -> tuple[str, int]:

@@ -73,15 +73,6 @@ class Computation:
                     users[operand].append(instruction)
         return users
 
-    @property
-    def root(self) -> Instruction:
-        return next(i for i in self.instructions.values() if i.is_root)
-
-    @property
-    def parameters(self) -> list[Instruction]:
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.argument))
-
 
 @dataclass(frozen=True)
 class Module:
@@ -219,41 +210,35 @@ def _schedule(module: Module, computation: Computation) -> Iterator[Kernel | Loo
         elif opcode == "call":
             yield Loop(instruction.called("to_apply") or "", 1)
         elif opcode == "conditional":
-            yield from (Loop(branch, 1) for branch in _branches(instruction)[:1])
+            branches = re.search(r"branch_computations=\{%?([\w.\-]+)", instruction.attributes)
+            first = branches[1] if branches else instruction.called("true_computation")
+            yield Loop(first or "", 1)
         elif opcode.endswith("-done"):
             yield Wait(instruction.operands[0])
         else:
             yield _kernel(module, computation, instruction)
 
 
-def _branches(conditional: Instruction) -> list[str]:
-    found = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
-    names = found[1] if found else conditional.called("true_computation") or ""
-    return re.findall(r"[\w.\-]+", names)
-
-
 def _kernel(module: Module, computation: Computation, instruction: Instruction) -> Kernel:
+    """The launch of an instruction, or of the computation that it calls: its members, `where`."""
     is_async = instruction.opcode.endswith("-start")
     inner = module.computations.get(instruction.called("calls") or "")
-    found = _communication(computation, instruction, inner)
+    where = inner or computation
+    members = [*inner.instructions.values()] if inner else [instruction]
+    found = _communication(where, members, instruction)
     if found is None:
-        kind, flops = _work(computation, instruction, inner)
-        moved = _bytes_moved(computation, instruction, inner)
-        found = Kernel(instruction.name, kind, moved, flops, _op_name(instruction, inner))
+        kind, flops = _work(where, members, "fusion" if inner else "other")
+        kind = "copy" if instruction.opcode.startswith("copy") else kind
+        moved = _fusion_bytes(where) if inner else _call_bytes(computation, instruction)
+        names = [i.text("op_name") for i in (instruction, *members)]
+        op_name = names[0] if "/" in names[0] else max(names, key=len)  # a bare fusion has none
+        found = Kernel(instruction.name, kind, moved, flops, op_name)
     return replace(found, is_async=is_async)
 
 
-def _op_name(instruction: Instruction, inner: Computation | None) -> str:
-    """The instruction's own path, or for a bare fusion the longest one inside it."""
-    names = [instruction.text("op_name")]
-    if inner is not None:
-        names += [i.text("op_name") for i in inner.instructions.values()]
-    return names[0] if "/" in names[0] else max(names, key=len)
-
-
-def _communication(computation, instruction, inner) -> Kernel | None:
+def _communication(where, members, instruction) -> Kernel | None:
     """The kernel of a collective, also of one that XLA wrapped into a fusion or an async call."""
-    for where, candidate in _members(computation, instruction, inner):
+    for candidate in members:
         name = candidate.opcode.removesuffix("-start")
         if name in COLLECTIVES:
             ins = sum(shape_bytes(where.instructions[o].shape) for o in candidate.operands)
@@ -266,13 +251,6 @@ def _communication(computation, instruction, inner) -> Kernel | None:
             kind = name.replace("-", "_")
             return Kernel(instruction.name, kind, size, 0.0, op_name, group)
     return None
-
-
-def _members(computation, instruction, inner):
-    """(computation, instruction) pairs that make up a launch."""
-    if inner is None:
-        return [(computation, instruction)]
-    return [(inner, member) for member in inner.instructions.values()]
 
 
 def _group_size(collective: Instruction) -> int:
@@ -288,22 +266,19 @@ def _group_size(collective: Instruction) -> int:
     return 1
 
 
-def _work(computation, instruction, inner) -> tuple[str, float]:
-    """(kind, floating-point operations) of a kernel that is no collective."""
-    kind, flops = "fusion" if inner is not None else "other", 0.0
-    for where, member in _members(computation, instruction, inner):
+def _work(where: Computation, members: list[Instruction], kind: str) -> tuple[str, float]:
+    """(kind, floating-point operations) of a kernel; the kind is the given one without products."""
+    flops = 0.0
+    for member in members:
         target = member.text("custom_call_target")
         if "fmha" in target:
             return "attention", attention_flops(where, member)
         if member.opcode == "dot" or "$matmul" in target or "$gemm" in target:
-            kind = "fp8_gemm" if target.endswith("$f8") else _gemm_kind(where, member)
+            element, _ = arrays(where.instructions[member.operands[0]].shape)[0]
+            kind = "f32_gemm" if element in ("f32", "f64") else "bf16_gemm"
+            kind = "fp8_gemm" if target.endswith("$f8") else kind
             flops += gemm_flops(where, member)
-    return ("copy" if instruction.opcode.startswith("copy") else kind), flops
-
-
-def _gemm_kind(computation: Computation, gemm: Instruction) -> str:
-    operand = computation.instructions[gemm.operands[0]]
-    return "f32_gemm" if arrays(operand.shape)[0][0] in ("f32", "f64") else "bf16_gemm"
+    return kind, flops
 
 
 def gemm_flops(computation: Computation, gemm: Instruction) -> float:
@@ -333,10 +308,13 @@ def attention_flops(computation: Computation, call: Instruction) -> float:
 # --- bytes --------------------------------------------------------------------------------------
 
 
-def _bytes_moved(computation, instruction, inner) -> float:
-    if inner is not None:
-        reads = sum(_read(inner, p.name) for p in inner.parameters)
-        return reads + _written(inner, inner.root)
+def _fusion_bytes(fused: Computation) -> float:
+    inside = fused.instructions.values()
+    reads = sum(_read(fused, i.name) for i in inside if i.opcode == "parameter")
+    return reads + _written(fused, next(i for i in inside if i.is_root))
+
+
+def _call_bytes(computation: Computation, instruction: Instruction) -> float:
     operands = [computation.instructions[o] for o in instruction.operands]
     outputs = arrays(instruction.shape)
     if instruction.opcode == "custom-call":

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_table
@@ -26,7 +26,7 @@ from nanochat_jax.planner.gpus import COMPILER_OPTIONS, GIB, deviceless_mesh, fi
 from nanochat_jax.planner.roofline import MODEL, OPTIMIZER, Timeline, part_of, timeline
 from nanochat_jax.scaling import Plan
 from nanochat_jax.sharding import BATCH_SPEC
-from nanochat_jax.train import Batch, TrainState, abstract_state, make_train_step
+from nanochat_jax.train import Batch, abstract_state, make_train_step
 
 # --- the training step ----------------------------------------------------------------------------
 
@@ -48,12 +48,11 @@ class CompiledStep:
 
     @property
     def peak_bytes(self) -> float:
-        return self.program_bytes + attention_workspace(self.plan)
-
-    @property
-    def microbatch_s(self) -> float:
-        """Forward and backward of one micro-batch, its gradients added; the mean over a step."""
-        return self.timeline.part(MODEL) / self.plan.grad_accum_steps
+        """With cuDNN's scratch memory in the backward pass, of which a compiler without a device
+        knows nothing: a float32 gradient of the queries."""
+        config = self.plan.config
+        queries = self.plan.device_batch_size * config.sequence_len * config.n_embd
+        return self.program_bytes + 4.0 * queries
 
     def counts(self) -> dict[str, float]:
         """Library calls of a micro-batch; launches and collectives of a whole step.
@@ -87,7 +86,7 @@ class CompiledStep:
             peak_bytes=self.peak_bytes,
             capacity=capacity,
             max_device_batch=largest_batch(self.plan, self.peak_bytes, fixed, capacity),
-            microbatch_s=self.microbatch_s,
+            microbatch_s=self.timeline.part(MODEL) / self.plan.grad_accum_steps,
             step_s=self.timeline.total,
         )
 
@@ -107,9 +106,15 @@ def compile_step(plan: Plan, target: str) -> CompiledStep:
 
     Takes half a minute to minutes. ValueError when the CUDA wheels are absent.
     """
-    step, state, batch = step_to_compile(plan, deviceless_mesh(target, plan.n_devices))
+    mesh = deviceless_mesh(target, plan.n_devices)
+    model, optimizer = model_and_optimizer(plan, jnp.bfloat16, "cudnn")
+    rows = plan.device_batch_size * plan.n_devices
+    shape = (plan.grad_accum_steps, rows, plan.config.sequence_len)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+    step = make_train_step(model, optimizer, mesh, plan.settings.grad_clip)
+    state = abstract_state(model, optimizer, mesh)
     began = time.perf_counter()
-    lowered = step.lower(state, batch)
+    lowered = step.lower(state, Batch(tokens, tokens))
     lower_s = time.perf_counter() - began
     module, peak, compile_s = _compile(lowered)
     return CompiledStep(plan, target, module, peak, lower_s, compile_s)
@@ -124,32 +129,15 @@ def _compile(lowered: Any) -> tuple[hlo.Module, int, float]:
     return hlo.parse(compiled.as_text()), peak, compile_s
 
 
-def step_to_compile(plan: Plan, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
-    """The jitted step of pretrain.py on GPUs, and the shapes of its arguments on `mesh`."""
-    model, optimizer = model_and_optimizer(plan, jnp.bfloat16, "cudnn")
-    rows = plan.device_batch_size * plan.n_devices
-    shape = (plan.grad_accum_steps, rows, plan.config.sequence_len)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
-    step = make_train_step(model, optimizer, mesh, plan.settings.grad_clip)
-    return step, abstract_state(model, optimizer, mesh), Batch(tokens, tokens)
-
-
-def attention_workspace(plan: Plan) -> float:
-    """Scratch memory of cuDNN's backward pass, unknown to a compiler without a device: a float32
-    gradient of the queries."""
-    config = plan.config
-    return 4.0 * plan.device_batch_size * config.sequence_len * config.n_embd
-
-
-def search_largest(first: CompiledStep, compiles: int = 3) -> int:
-    """Largest batch that fits, in rows, by compiling at and around the estimate of `first`."""
+def search_largest(first: CompiledStep) -> int:
+    """Largest batch that fits, in rows, by up to three compiles around the estimate of `first`."""
     choices, capacity = row_choices(first.plan), first.cost().capacity
     rows = first.cost().max_device_batch or choices[0]
-    best, failed, made = 0, math.inf, 0
-    if first.peak_bytes <= capacity:
-        best = first.plan.device_batch_size
-    while made < compiles and rows in choices and best < rows < failed:
-        made += 1
+    best = first.plan.device_batch_size if first.peak_bytes <= capacity else 0
+    failed = math.inf
+    for _ in range(3):
+        if rows not in choices or not best < rows < failed:
+            break
         if compile_step(with_rows(first.plan, rows), first.target).peak_bytes <= capacity:
             best, rows = rows, rows * 2
         else:

@@ -23,20 +23,15 @@ MODEL, OPTIMIZER = "model", "optimizer"
 
 def kernel_seconds(kernel: Kernel, gpu: Gpu) -> float:
     """Seconds of one launch by the roofline; for a collective, of its communication."""
-    if kernel.group > 1:
-        return collective_seconds(kernel, gpu)
+    if kernel.group > 1:  # a ring of n passes on (n − 1)/n of the array; all-reduce does so twice
+        rounds = 2 if kernel.kind == "all_reduce" else 1
+        sent = rounds * kernel.bytes * (kernel.group - 1) / kernel.group
+        return max(sent / (gpu.link_bandwidth * LINK_SHARE), COLLECTIVE_FLOOR_S)
     memory = kernel.bytes / (gpu.bandwidth * BANDWIDTH_SHARE)
     if kernel.kind not in PEAK_SHARE:
         return max(memory, KERNEL_FLOOR_S)
     peak = {"fp8_gemm": gpu.fp8_flops, "f32_gemm": gpu.tf32_flops}.get(kernel.kind, gpu.bf16_flops)
     return max(memory, kernel.flops / (peak * PEAK_SHARE[kernel.kind]), KERNEL_FLOOR_S)
-
-
-def collective_seconds(kernel: Kernel, gpu: Gpu) -> float:
-    """A ring of n devices passes on (n − 1)/n of the array; an all-reduce does so twice."""
-    rounds = 2 if kernel.kind == "all_reduce" else 1
-    sent = rounds * kernel.bytes * (kernel.group - 1) / kernel.group
-    return max(sent / (gpu.link_bandwidth * LINK_SHARE), COLLECTIVE_FLOOR_S)
 
 
 @dataclass
@@ -78,7 +73,9 @@ def timeline(
     ready: dict[str, float] = {}
     for event in module.schedule(computation):
         if isinstance(event, Loop):
-            body = timeline(module, gpu, event.body, loop_part(module, event))
+            launches = module.launches(event.body)
+            is_model = any("jvp(" in kernel.op_name for kernel, _ in launches)
+            body = timeline(module, gpu, event.body, MODEL if is_model else OPTIMIZER)
             result.add(body, event.trips)
             now += body.total * event.trips
         elif isinstance(event, Wait):
@@ -112,8 +109,3 @@ def part_of(kernel: Kernel, unknown: str = OPTIMIZER) -> str:
         return unknown
     in_scan = "while/body" in path and "optimizer" not in path
     return MODEL if "jvp(" in path or in_scan else OPTIMIZER
-
-
-def loop_part(module: Module, loop: Loop) -> str:
-    """The part that a loop computes: MODEL where anything in its body is differentiated."""
-    return MODEL if any("jvp(" in k.op_name for k, _ in module.launches(loop.body)) else OPTIMIZER
