@@ -1,4 +1,4 @@
-"""Checkpoints: exact, kept and dropped by rule, free of the device count, safe against kill -9."""
+"""Checkpoints: exact, kept and deleted by rule, for any number of devices, safe against kill -9."""
 
 import os
 import resource
@@ -76,7 +76,7 @@ def numpy_state(run, state):
     return jax.tree.map(np.asarray, run.logical(state))
 
 
-def test_training_goes_on_exactly_where_it_was_saved(run1, tmp_path):
+def test_training_continues_exactly_where_it_was_saved(run1, tmp_path):
     state, _ = run1.train(run1.fresh(), 0, 2)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(run1.logical(state), {"note": "x"}, {"at": [1, 2]})
@@ -185,8 +185,8 @@ def test_kill_9_during_a_write_leaves_the_checkpoint_before(tmp_path):
         assert checkpoints.steps() == [1, 2]
 
 
-def test_a_full_disk_is_said_in_one_sentence(tmp_path, capfd):
-    """Files that may not grow stand for it; what was saved before stays whole."""
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path, capfd):
+    """Simulated by a limit on the size of files; what was saved before stays intact."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     rng = np.random.default_rng(0)
     big = {"wte": jnp.asarray(rng.normal(size=(400, 400)), jnp.float32)}

@@ -47,7 +47,7 @@ def test_logits_losses_and_gradients_equal_the_original(golden, recipe):
 
 
 @pytest.mark.golden
-def test_windows_hold_beyond_the_training_length(golden):
+def test_windows_apply_beyond_the_training_length(golden):
     model, arrays, about = load(golden, "2026")
     assert [list(w) for w in about["window_sizes"]] == [[w, 0] for w in model.config.window_sizes]
     params = from_torch(model, arrays, "param/")
@@ -109,7 +109,7 @@ def test_losses_ignore_masked_targets_and_padding_columns():
     np.testing.assert_allclose(losses[0], jnp.where(targets[0] >= 0, expected, 0), atol=2e-6)
 
 
-def test_cross_entropy_survives_extreme_logits():
+def test_cross_entropy_is_finite_for_extreme_logits():
     """Capped at ±15 the sum of exponentials neither overflows nor vanishes."""
     logits = jnp.array([[[1e4, -1e4, 0.0], [-1e30, -1e30, -1e30]]])
     losses, pull = jax.vjp(lambda z: softcap_cross_entropy(z, jnp.array([[1, 2]])), logits)

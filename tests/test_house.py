@@ -12,8 +12,8 @@ PARSED = {
     for folder in (PACKAGE, ROOT / "scripts")
     for path in folder.rglob("*.py")
 }
-# A room is a file of the root or a folder. It imports rooms of the floors above it in this table
-# only, so the table is in the order in which one can read the package.
+# A room is a file of the root or a folder. It imports only rooms of earlier rows of this table,
+# so this is also an order in which one can read the package.
 FLOORS = [
     {"config", "sharding", "attention", "muon", "devices", "sandbox"},
     {"distributed", "gpt", "tokenizer"},

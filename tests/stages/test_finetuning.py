@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from script_runs import Script, finish, make_base, n_train_records, wait_for
+from script_runs import Script, finish, n_train_records, wait_for
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
 from nanochat_jax.config import parse
@@ -37,21 +37,18 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
+def base(tiny_base, tmp_path_factory) -> Path:
     """A base directory with two pretrained models of two layers: `base` of 2026, `old` of 2025."""
-    folder = tmp_path_factory.mktemp("base")
-    make_base(folder)
-    settings = {
-        "depth": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 256, "device_batch_size": 4,
-        "num_iterations": BASE_STEPS, "dataset": "tiny", "tokenizer": "tiny", "eval_every": 0,
-        "sample_every": 0, "n_devices": 1, "matrix_lr": 0.5, "embedding_lr": 3.0,
-        "unembedding_lr": 0.08, "warmup_steps": 2,
-    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("finetuning") / "base"
+    shutil.copytree(tiny_base, folder, symlinks=True, ignore=shutil.ignore_patterns("chat"))
+    shape = {"recipe": "2025", "depth": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 256}
+    rates = {"matrix_lr": 0.02, "embedding_lr": 3.0, "unembedding_lr": 0.08, "warmup_steps": 2}
+    data = {"dataset": "tiny", "tokenizer": "tiny", "total_batch_size": 2048}
+    how = {"device_batch_size": 4, "num_iterations": BASE_STEPS, "eval_every": 0, "n_devices": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        old = {"run": "old", "recipe": "2025", "total_batch_size": 2048, "matrix_lr": 0.02}
-        assert pretrain(PretrainConfig(**(settings | old))) == 0
-        assert pretrain(PretrainConfig(run="base", total_batch_size=1024, **settings)) == 0
+        config = PretrainConfig(run="old", sample_every=0, **shape, **rates, **data, **how)
+        assert pretrain(config) == 0
     return folder
 
 
