@@ -109,7 +109,7 @@ def newton_schulz_update(g_SOI: jax.Array, compute_dtype) -> jax.Array:
 def orthogonalise(x_SOI: jax.Array, coefficients) -> jax.Array:
     """X ← aX + (bA + cA²)X for each (a, b, c), A the Gram matrix of the smaller side.
 
-    Products are in x's dtype, all matrices of the stack at once; the sums between them are float32
+    Products are in x's dtype, one batched product for the stack; the sums between them are float32
     (bfloat16 would round the coefficients themselves) in one pass that reads and writes x's dtype.
     """
     tall = x_SOI.shape[-2] > x_SOI.shape[-1]

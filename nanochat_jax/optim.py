@@ -1,11 +1,11 @@
 """The optimizer: Muon on the matrices of the blocks, AdamW on everything else, as one optax chain.
 
-It works on whatever slices it is given: the leading axis of a stack of matrices is only batched
+It works on any slice of the parameters: the leading axis of a stack of matrices is only batched
 over, and no row of an embedding meets another, so each device can run it on its own part of the
 parameters without a collective. All-zero padding matrices stay zero. Every leaf of the state that
 belongs to a parameter stands under the parameter's name and shares its leading axis.
 Hyper-parameters are functions of the int32 step counts in the state and are never stored: a
-restored state obeys the configuration of the day.
+restored state obeys the current configuration.
 """
 
 import math
@@ -25,7 +25,7 @@ from nanochat_jax.scaling import RECIPES, OptimSettings, Plan
 ADAM_EPS = 1e-10
 
 # Parameters that share hyper-parameters share a label. No label is a parameter's name: the last
-# parameter name on its path tells where a leaf of the state lies, and step counts have none.
+# parameter name on its path decides where a leaf of the state lies, and step counts have none.
 LABELS = {
     **dict.fromkeys(("qo", "kv", "fc", "proj", "ve_gate"), "muon"),
     **dict.fromkeys(("smear_gate", "smear_lambda", "backout_lambda"), "adamw_smear"),

@@ -266,7 +266,7 @@ def make_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
 
 
 def make_own_gather(model: GPT, mesh: Mesh) -> Callable[[Params], Params]:
-    """As `make_gather`; with several processes each gets the arrays on a device of its own."""
+    """As `make_gather`; with several processes each gets the arrays on its first device."""
     gather = make_gather(model, mesh)
     if jax.process_count() == 1:
         return gather

@@ -48,7 +48,7 @@ class BenchTrainConfig:
     max_seq_len: int = 2048
     """Tokens in a row."""
     device_batch_size: int = 8
-    """Rows that a device computes at once."""
+    """Rows that a device computes together."""
     accumulation: int = 1
     """Micro-batches of a step."""
     n_devices: int | None = None

@@ -49,7 +49,7 @@ class EvalBaseConfig:
     eval_tokens: int = 20 * 524288
     """Tokens of it."""
     device_batch_size: int = 32
-    """Rows of the trained length that a device computes at once."""
+    """Rows of the trained length that a device computes together."""
     n_devices: int | None = None
     """Devices to use (all)."""
     sample_tokens: int = 64

@@ -124,7 +124,7 @@ def test_the_newest_run_a_chat_model_beside_what_it_was_made_from(tiny_base, exe
 
 
 def check_tokens(table: str, loaded: LoadedModel, text: str) -> None:
-    """A line a token: its probability, and three that were likelier or as likely."""
+    """One line for each token: its probability, and the three most likely tokens."""
     model, params, tokenizer, _ = loaded
     tokens = [tokenizer.bos_id, *tokenizer.encode(text)]
     logits = jax.jit(model.apply)({"params": params}, np.array([tokens[:-1]]))

@@ -35,9 +35,9 @@ def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 
     return np.concatenate([sample.mean(axis=1) for sample in samples])
 
 
-def interval(means: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """The central percentiles of the resampled means: (low, high)."""
-    outside = 100 * (1 - confidence) / 2
+def interval(means: np.ndarray) -> Interval:
+    """(low, high): the percentiles of the resampled means that enclose CONFIDENCE of them."""
+    outside = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [outside, 100 - outside])
     return float(low), float(high)
 

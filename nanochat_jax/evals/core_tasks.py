@@ -211,7 +211,7 @@ def option_texts(question: Question, kind: str, delimiter: str) -> list[str]:
         contexts = question["context_options"]
         return [context + delimiter + question["continuation"] for context in contexts]
     before = question["context"].strip() + delimiter
-    # A space at the end would be a token of its own, and not the continuation's first.
+    # A space at the end would be a separate token, and not part of the continuation's first.
     return [before.rstrip(), before + question["continuation"]]
 
 

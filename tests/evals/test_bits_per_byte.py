@@ -35,7 +35,7 @@ def test_the_original_s_figures(original, n_devices):
     meta, arrays, model, params = original
     rows = len(arrays["x0"])
     if rows % n_devices:
-        pytest.skip(f"{rows} rows do not go on {n_devices} devices")
+        pytest.skip(f"{rows} rows cannot be divided among {n_devices} devices")
     mesh = make_mesh(n_devices)
     eval_step = make_eval_step(model, mesh)
     on_mesh = from_logical(params, mesh)

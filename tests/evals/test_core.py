@@ -172,7 +172,7 @@ def test_the_original_s_shuffle(original):
     assert order == original["shuffle1337_of_range30"]
 
 
-# --- options without tokens of their own ----------------------------------------------------------
+# --- options whose tokens all begin another option ------------------------------------------------
 
 
 def test_the_winner_does_not_depend_on_the_place_of_an_option_within_another():
