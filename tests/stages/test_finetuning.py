@@ -278,7 +278,7 @@ def test_the_newest_fitting_run_is_the_default(here, base, whole):
     ("settings", "message"),
     [
         ({"source": "nobody"}, "holds no checkpoints"),
-        ({"source_step": "5"}, "has no step 5; it has 6"),
+        ({"source_step": "5"}, "has no step 5; it has 3, 6"),
         ({"tasks": "arithmetics"}, "there is no task 'arithmetics'"),
         ({"tasks": "arithmetic**2"}, "cannot read the task"),
         ({"tasks": "arithmetic,"}, "cannot read the task ''"),

@@ -6,16 +6,13 @@ run that nothing interrupted, whose records the others must repeat exactly.
 
 import json
 import random
-import runpy
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from script_runs import (
-    ROOT,
     Script,
     document,
     finish,
@@ -255,18 +252,8 @@ def test_width_and_heads_can_be_given(here):
 
 
 @pytest.fixture
-def call(here, monkeypatch, capsys):
-    """Runs a script in this process: its output, or the message that it ended with."""
-
-    def run(name: str, *flags: str) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *flags])
-        try:
-            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-        except SystemExit as end:
-            return str(end.code)
-        return capsys.readouterr().out
-
-    return run
+def call(here, call):
+    return call
 
 
 def test_a_mistake_ends_with_one_sentence(call, whole):
