@@ -25,7 +25,7 @@ from nanochat_jax.engine.decode import (
     Sampled,
 )
 from nanochat_jax.gpt import GPT, Params
-from nanochat_jax.sharding import AXIS, make_mesh, parameter_name
+from nanochat_jax.sharding import AXIS, make_mesh, parameter_name, shard_map
 
 # Lengths that prompt chunks are padded to: one program each, whatever a prompt's length.
 BUCKETS = (16, 64, 256, 512)
@@ -227,9 +227,7 @@ def _shapes(tree: Any, sharding: NamedSharding) -> Any:
 
 def _compile(mesh: Mesh, function: Callable, specs_in: Any, specs_out: Any, donated: int):
     """The per-device program over the mesh; the engine's state is updated in place."""
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=specs_in, out_specs=specs_out, check_vma=False
-    )
+    mapped = shard_map(function, mesh=mesh, in_specs=specs_in, out_specs=specs_out)
     # Explicit, since on one device the compiler would call the rows replicated: another argument
     # type for the next call, and a second compilation.
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_out)

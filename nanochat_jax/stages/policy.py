@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from nanochat_jax.evals.generation import Rollout
 from nanochat_jax.gpt import GPT, Params, init_params
-from nanochat_jax.sharding import AXIS, BATCH_SPEC, REPLICATED, specs
+from nanochat_jax.sharding import AXIS, BATCH_SPEC, REPLICATED, shard_map, specs
 from nanochat_jax.stages.settings import Advantage, Objective
 from nanochat_jax.train import gather_weights
 
@@ -197,15 +197,8 @@ def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], np
         logprobs_ABT = -jax.lax.map(losses, (inputs_ABT, targets_ABT))
         return jax.lax.all_gather(logprobs_ABT, AXIS, axis=1, tiled=True)
 
-    mapped = jax.jit(
-        jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(param_specs, BATCH_SPEC, BATCH_SPEC),
-            out_specs=REPLICATED,
-            check_vma=False,
-        )
-    )
+    in_specs = (param_specs, BATCH_SPEC, BATCH_SPEC)
+    mapped = jax.jit(shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED))
     return lambda params, batch: np.asarray(mapped(params, batch.inputs_ABT, batch.targets_ABT))
 
 
