@@ -7,7 +7,7 @@ A model's life is a chain of runs: every fine-tuned run names the run it came fr
 its checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ TITLES = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
 ORIGINAL_ROWS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "ChatCORE")
 BPB = "Validation bpb"
 TALK_BPB = "Validation bpb, conversations"  # of other data: not comparable with BPB
-_EVALUATED = ("bpb", "bpb_interval", "core", "core_interval", "chatcore", "chatcore_interval")
 EVALUATIONS = ("eval_base.json", "eval_chat.json")  # beside metrics.jsonl
 
 
@@ -143,14 +142,11 @@ def _newest_child(folder: Path) -> Path | None:
 
 def scores(stage: StageRecord) -> dict[str, MetricValue]:
     """The metrics of a stage by the names of the summary table."""
-    found: dict[str, MetricValue | None] = {}
-    curve = stage.series("val", "bpb")[1]
-    last = {"bpb": curve[-1]} if curve else {}
-    on_text = stage.kind == "pretrain"
-    measured = {key: stage.find(key) for key in _EVALUATED if stage.find(key) is not None}
-    found[BPB] = metric((last if on_text else {}) | measured, "bpb")
-    found[TALK_BPB] = None if on_text else metric(last, "bpb")
-    found |= {"CORE": metric(measured, "core"), "ChatCORE": metric(measured, "chatcore")}
+    names = {BPB: "bpb", "CORE": "core", "ChatCORE": "chatcore"}
+    found = {name: metric(stage.find, key) for name, key in names.items()}
+    if curve := stage.series("val", "bpb")[1]:
+        last = BPB if stage.kind == "pretrain" else TALK_BPB
+        found[last] = found.get(last) or MetricValue(curve[-1])
     row_names = {name.lower(): name for name in ORIGINAL_ROWS}
     for name, accuracy in chat_tasks(stage).items():
         found[row_names.get(name.lower(), name)] = accuracy
@@ -164,13 +160,13 @@ def chat_tasks(stage: StageRecord) -> dict[str, MetricValue]:
     """The accuracy of every chat task."""
     tasks = (stage.find("chat_tasks") or {}).items()
     values = {name: task if isinstance(task, dict) else {"accuracy": task} for name, task in tasks}
-    found = {name: metric(value, "accuracy") for name, value in values.items()}
+    found = {name: metric(value.get, "accuracy") for name, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def metric(values: dict[str, Any], key: str) -> MetricValue | None:
-    """values[key] with values[key + "_interval"], where there is one."""
-    value, interval = values.get(key), values.get(f"{key}_interval")
+def metric(get: Callable[[str], Any], key: str) -> MetricValue | None:
+    """get(key) with get(key + "_interval"), where there is one."""
+    value, interval = get(key), get(f"{key}_interval")
     if not isinstance(value, int | float):
         return None
     return MetricValue(float(value), (float(interval[0]), float(interval[1])) if interval else None)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Section:
 class Content:
     title: str
     subtitle: str
-    sections: list[Section] = field(default_factory=list)
+    sections: Sequence[Section]
 
 
 def build(chains: Sequence[Chain], usd_per_gpu_hour: float) -> Content:
@@ -116,7 +116,9 @@ def _names(chains: Sequence[Chain]) -> list[str]:
 
 def _one(chain: Chain, cost: Totals) -> Iterator[Section]:
     yield Section("", [Cards(list(_cards(chain, cost)))])
-    yield Section("Summary", [_summary_table(chain)])
+    heads, rows = summary(chain)
+    metrics = [[name, *map(_score, row)] for name, row in rows]
+    yield Section("Summary", [Table(["Metric", *heads], metrics)])
     yield Section("Curves", _plots([chain]))
     yield Section("Stages", [_stage_table(chain)])
     yield Section("In its own words", _samples(chain))
@@ -163,16 +165,11 @@ def _cards(chain: Chain, cost: Totals) -> Iterator[tuple[str, str, str]]:
         yield "Energy", f"{cost.kwh:.2f} kWh", "as the GPUs measure"
 
 
-def _summary_table(chain: Chain) -> Table:
-    heads, rows = summary(chain)
-    return Table(["Metric", *heads], [[name, *map(_score, row)] for name, row in rows])
-
-
-def _score(score: MetricValue | None, best: bool = False) -> str | Cell:
+def _score(score: MetricValue | None, best: float | None = None) -> str | Cell:
     if score is None:
         return NOTHING
     note = f"{score.interval[0]:.3f} to {score.interval[1]:.3f}" if score.interval else ""
-    return Cell(f"{score.value:.4f}", note, best)
+    return Cell(f"{score.value:.4f}", note, score.value == best)
 
 
 def _comparison(chains: Sequence[Chain]) -> Table:
@@ -185,25 +182,20 @@ def _comparison(chains: Sequence[Chain]) -> Table:
                 if (score := row[place]) is not None:
                     found.setdefault((title, name), {})[index] = score
     stages = list(dict.fromkeys(title for title, _ in found))
-    ordered = sorted(found.items(), key=lambda item: stages.index(item[0][0]))
-    table = [
-        [Cell(name, title), *_ranked(name, [of_run.get(i) for i in range(len(chains))])]
-        for (title, name), of_run in ordered
-    ]
+    table = []
+    for (title, name), of_run in sorted(found.items(), key=lambda item: stages.index(item[0][0])):
+        values = {score.value for score in of_run.values()}
+        best = min(values) if name in (BPB, TALK_BPB) else max(values)
+        best_of_several = best if len(values) > 1 else None
+        cells = [_score(of_run.get(i), best_of_several) for i in range(len(chains))]
+        table.append([Cell(name, title), *cells])
     return Table(["Metric", *_names(chains)], table)
-
-
-def _ranked(name: str, row: Sequence[MetricValue | None]) -> list[str | Cell]:
-    values = [score.value for score in row if score]
-    best = min(values) if name in (BPB, TALK_BPB) else max(values)
-    differ = len(set(values)) > 1
-    return [_score(score, differ and score is not None and score.value == best) for score in row]
 
 
 def _core_tables(chain: Chain) -> Iterator[Block]:
     for stage in chain:
         rows = [
-            [name, _score(metric(task, "accuracy")), f"{task['centred']:.4f}"]
+            [name, _score(metric(task.get, "accuracy")), f"{task['centred']:.4f}"]
             for name, task in (stage.find("core_tasks") or {}).items()
         ]
         if rows:
@@ -237,18 +229,14 @@ def _stage_table(chain: Chain) -> Table:
 
 
 def _samples(chain: Chain) -> list[Block]:
-    found = [sample for stage in chain for sample in _samples_of(stage)]
-    return [Samples(found)] if found else []
-
-
-def _samples_of(stage: StageRecord) -> list[tuple[str, str, str]]:
-    texts = stage.find("samples")
-    if not texts:
+    found = []
+    for stage in chain:
         shown = [record["texts"] for record in stage.metrics if record["kind"] == "sample"]
-        texts = shown[-1] if shown else []
-    pairs = [(pair[0], pair[1]) for pair in texts if len(pair) == 2]
-    pairs += [(line["prompt"], line["completion"]) for line in _transcripts(stage.folder)]
-    return [(stage.title, prompt, text) for prompt, text in pairs[:SHOWN_SAMPLES]]
+        texts = stage.find("samples") or (shown[-1] if shown else [])
+        pairs = [(pair[0], pair[1]) for pair in texts if len(pair) == 2]
+        pairs += [(line["prompt"], line["completion"]) for line in _transcripts(stage.folder)]
+        found += [(stage.title, prompt, text) for prompt, text in pairs[:SHOWN_SAMPLES]]
+    return [Samples(found)] if found else []
 
 
 def _transcripts(folder: Path) -> list[dict[str, Any]]:

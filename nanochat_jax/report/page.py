@@ -1,7 +1,6 @@
 """A report as Markdown, and as one HTML file that needs nothing else: no network, no script."""
 
 from base64 import b64encode
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -51,7 +50,7 @@ def _markdown(block: Block) -> str:
     match block:
         case Table():
             ruler = ["---", *["---:" if block.numbers else "---"] * (len(block.heads) - 1)]
-            rows = [[_markdown_cell(cell) for cell in row] for row in block.rows]
+            rows = [list(map(_markdown_cell, row)) for row in block.rows]
             return "\n".join(f"| {' | '.join(row)} |" for row in [block.heads, ruler, *rows])
         case Cards():
             return "\n".join(f"* **{name}** {value} ({note})" for name, value, note in block.cards)
@@ -130,14 +129,14 @@ def _html(block: Block) -> str:
         case Plots():
             return '<div class="plots">' + "".join(map(_html_plot, block.plots)) + "</div>"
         case Samples():
-            return '<div class="samples">' + "".join(map(_html_sample, block.samples)) + "</div>"
+            quotes = ""
+            for sample in block.samples:
+                label, prompt, text = map(escape, sample)
+                quote = f'<span class="stage">{label}</span><b>{prompt}</b>{text}'
+                quotes += f"<blockquote>{quote}</blockquote>"
+            return f'<div class="samples">{quotes}</div>'
         case SourceText():
             return f"<h3>{escape(block.name)}</h3>\n<pre>{escape(block.text)}</pre>"
-
-
-def _html_sample(sample: tuple[str, str, str]) -> str:
-    label, prompt, text = (escape(part) for part in sample)
-    return f'<blockquote><span class="stage">{label}</span><b>{prompt}</b>{text}</blockquote>'
 
 
 def _html_plot(plot: Plot) -> str:
@@ -154,14 +153,11 @@ def _html_table(table: Table) -> str:
     kind = "numbers" if table.numbers else "texts"
     heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in table.heads)
     head = f"<thead><tr>{heads}</tr></thead>" if any(table.heads) else ""
-    rows = "".join(_html_row(row) for row in table.rows)
+    rows = ""
+    for first, *others in table.rows:
+        cells = "".join(f"<td>{_html_cell(cell)}</td>" for cell in others)
+        rows += f'<tr><th scope="row">{_html_cell(first)}</th>{cells}</tr>'
     return f'<div class="wide"><table class="{kind}">{head}<tbody>{rows}</tbody></table></div>'
-
-
-def _html_row(row: Sequence[str | Cell]) -> str:
-    first, *others = row
-    cells = f'<th scope="row">{_html_cell(first)}</th>'
-    return f"<tr>{cells}{''.join(f'<td>{_html_cell(cell)}</td>' for cell in others)}</tr>"
 
 
 def _html_cell(content: str | Cell) -> str:

@@ -64,10 +64,8 @@ def plots(chains: Chains) -> list[Plot]:
     made = [
         # Not RL's: its loss means nothing by itself.
         *(_loss(chains, kind) for kind in kinds if kind != "rl"),
-        _bits_per_byte(chains, "Validation", lambda stage: stage.kind == "pretrain"),
-        _bits_per_byte(
-            chains, "Validation on conversations", lambda stage: stage.kind != "pretrain"
-        ),
+        _bits_per_byte(chains, "Validation", on_text=True),
+        _bits_per_byte(chains, "Validation on conversations", on_text=False),
         _core(chains),
         _chat(chains),
         _training(chains, "reward", "Reward", "mean reward", "Mean over the answers of each step."),
@@ -151,14 +149,14 @@ def _loss(chains: Chains, kind: str) -> Plot | None:
     return _finish(figure, axes, title, caption, legend=len(smooth) > 1)
 
 
-def _bits_per_byte(chains: Chains, title: str, of: Callable[[StageRecord], bool]) -> Plot | None:
-    curves = _curves(chains, "val", "bpb", of)
+def _bits_per_byte(chains: Chains, title: str, on_text: bool) -> Plot | None:
+    stages = [s for chain in chains for s in chain if (s.kind == "pretrain") == on_text]
+    curves = _curves(chains, "val", "bpb", lambda stage: stage in stages)
     if not curves:
         return None
     figure, axes = _axes("step", "bits per byte")
     for curve in curves:
         _draw(axes, curve, marker="o")
-    stages = (stage for chain in chains for stage in chain if of(stage))
     gzip = next((found for stage in stages if (found := stage.find("gzip_bpb"))), None)
     if gzip is not None and gzip < 1.5 * max(max(curve.values) for curve in curves):
         axes.axhline(gzip, color=INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))

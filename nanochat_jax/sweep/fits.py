@@ -7,7 +7,7 @@ for that budget; the best sizes of several budgets lie on a power law. Numbers i
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import stdtr, stdtrit  # Student's t: distribution function, its inverse
@@ -84,18 +84,18 @@ class PowerLaw:
         return self.coefficient * np.asarray(x, float) ** self.exponent
 
 
-def fit_power_law(x: Sequence[float], y: Sequence[float], seed: int = SEED) -> PowerLaw:
+def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     """Least squares in logarithms; the interval by resampling the residuals, from 3 points on."""
     law = _line(x, y)
     residuals = np.log(y) - np.log(law(x))
-    noise = _resampled([residuals], [2], (len(x), RESAMPLES), seed)
+    noise = _resampled([residuals], 2, (len(x), RESAMPLES), SEED)
     if noise is None:
         return law
     slopes = _slopes(np.log(x), np.log(law(x))[:, None] + noise)
-    return PowerLaw(law.exponent, law.coefficient, interval(slopes))
+    return replace(law, interval=interval(slopes))
 
 
-def fit_optimum_laws(budgets: Sequence[Budget], seed: int = SEED) -> tuple[PowerLaw, PowerLaw]:
+def fit_optimum_laws(budgets: Sequence[Budget]) -> tuple[PowerLaw, PowerLaw]:
     """The best x and the lowest loss as powers of the FLOPs: (x ∝ C^a, loss ∝ C^−c).
 
     Every budget must have a minimum (`fit_parabola`), and there must be two or more. The intervals
@@ -104,15 +104,12 @@ def fit_optimum_laws(budgets: Sequence[Budget], seed: int = SEED) -> tuple[Power
     """
     fits = [fit_parabola(budget) for budget in budgets]
     flops = [budget.flops for budget in budgets]
-    laws = _line(flops, [f.best for f in fits]), _line(flops, [f.lowest for f in fits])
-    resampled = _resampled_minima(budgets, fits, seed)
+    best, lowest = _line(flops, [f.best for f in fits]), _line(flops, [f.lowest for f in fits])
+    resampled = _resampled_minima(budgets, fits)
     if resampled is None:
-        return laws
-    best, lowest = (_slopes(np.log(flops), values) for values in resampled)
-    return (
-        PowerLaw(laws[0].exponent, laws[0].coefficient, interval(best)),
-        PowerLaw(laws[1].exponent, laws[1].coefficient, interval(lowest)),
-    )
+        return best, lowest
+    intervals = [interval(_slopes(np.log(flops), values)) for values in resampled]
+    return replace(best, interval=intervals[0]), replace(lowest, interval=intervals[1])
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
@@ -130,13 +127,13 @@ def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _resampled_minima(
-    budgets: Sequence[Budget], fits: Sequence[Parabola], seed: int
+    budgets: Sequence[Budget], fits: Sequence[Parabola]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """ln best and ln lowest, (budgets, resamples) each; None where too few have a minimum."""
     residuals = [np.asarray(b.losses) - fit(b.x) for b, fit in zip(budgets, fits, strict=True)]
     best, lowest = [], []
     for index, (budget, fit) in enumerate(zip(budgets, fits, strict=True)):
-        noise = _resampled(residuals, [3] * len(fits), (len(budget.x), RESAMPLES), seed + index)
+        noise = _resampled(residuals, 3, (len(budget.x), RESAMPLES), SEED + index)
         if noise is None:
             return None
         design, middle = _design(budget.x)
@@ -151,17 +148,13 @@ def _resampled_minima(
 
 
 def _resampled(
-    residuals: Sequence[np.ndarray], fitted: Sequence[int], shape: tuple[int, int], seed: int
+    residuals: Sequence[np.ndarray], fitted: int, shape: tuple[int, int], seed: int
 ) -> np.ndarray | None:
     """Residuals sampled with replacement from all fits together, scaled up to the true errors.
 
-    Residuals of n points and k fitted numbers are too small by sqrt((n − k) / n).
+    Residuals of n points and k = `fitted` parameters are too small by sqrt((n − k) / n).
     """
-    pool = [
-        r * math.sqrt(len(r) / (len(r) - k))
-        for r, k in zip(residuals, fitted, strict=True)
-        if len(r) > k
-    ]
+    pool = [r * math.sqrt(len(r) / (len(r) - fitted)) for r in residuals if len(r) > fitted]
     if not pool:
         return None
     return np.random.default_rng(seed).choice(np.concatenate(pool), shape)
