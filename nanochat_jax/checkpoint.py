@@ -192,11 +192,13 @@ def load_model(
     *,
     mesh: Mesh | None = None,
     dtype: str = "auto",
+    attention: str = "auto",
 ) -> LoadedModel:
     """Loads model, parameters, tokenizer and meta from a run's folder; never the optimizer.
 
     `step` is a number, "last" (also None) or "best". Without a mesh the parameters lie whole on the
-    first device; with one they are cut and padded for training and evaluation steps on it.
+    first device; with one they are cut and padded for training and evaluation steps on it. On a GPU
+    take attention="blocked" for rows that are not whole 128s long.
     ValueError for a folder without checkpoints or without that step, or with another tokenizer.
     """
     with open_checkpoints(run_folder) as checkpoints:
@@ -216,7 +218,7 @@ def load_model(
             f"{run_folder / TOKENIZER_FOLDER} has {tokenizer.vocab_size:,} tokens, but the model "
             f"was trained with one of {trained_with:,}: put that one back"
         )
-    return LoadedModel(make_model(config, dtype), params, tokenizer, meta)
+    return LoadedModel(make_model(config, dtype, attention), params, tokenizer, meta)
 
 
 def open_checkpoints(run_folder: Path) -> Checkpoints:
