@@ -171,3 +171,12 @@ def write_bundle(folder: Path) -> None:
     baselines = "Eval Task,Random baseline\noptions,33\ngoes_on,0\n"
     (folder / "eval_meta_data.csv").write_text(baselines)
     (folder / "gpt2.csv").write_text("Task,Accuracy,Centered\noptions,0.5,0.25\nCORE,,0.25\n")
+
+
+def test_the_example_of_the_readme_opens_a_run(tiny_base, monkeypatch):
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    example = next(block for block in blocks if "load_model" in block).split("```")[0]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tiny_base))
+    names: dict = {}
+    exec(example.replace('run_folder("cpu")', 'run_folder("base")'), names)
+    assert names["logits"].shape == (*names["tokens"].shape, 300)
