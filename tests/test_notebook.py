@@ -159,13 +159,13 @@ def write_bundle(folder: Path) -> None:
     options = [
         {"query": f"{i} and", "choices": ["the", "of", "to"], "gold": i % 3} for i in range(8)
     ]
-    goes_on = [{"context": f"{i} they are at", "continuation": "be this"} for i in range(8)]
-    for name, questions in (("options", options), ("goes_on", goes_on)):
+    continues = [{"context": f"{i} they are at", "continuation": "be this"} for i in range(8)]
+    for name, questions in (("options", options), ("continues", continues)):
         lines = "\n".join(map(json.dumps, questions))
         (folder / "eval_data" / f"{name}.jsonl").write_text(lines)
     tasks = [
         {"label": name, "icl_task_type": kind, "dataset_uri": f"{name}.jsonl", "num_fewshot": [1]}
-        for name, kind in (("options", "multiple_choice"), ("goes_on", "language_modeling"))
+        for name, kind in (("options", "multiple_choice"), ("continues", "language_modeling"))
     ]
     (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
     baselines = "Eval Task,Random baseline\noptions,33\ngoes_on,0\n"

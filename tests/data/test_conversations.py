@@ -221,7 +221,7 @@ def assert_same(ours: list[PackedRows], theirs: list[PackedRows]) -> None:
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "one-per-row", "stream"])
-def test_any_number_of_processes_goes_on_with_the_same_rows(packing):
+def test_any_number_of_processes_continues_with_the_same_rows(packing):
     source = rendering(many(), packing, row_len=33)
     layout = {"rows": 8, "streams": 4, "buffer": 10}
     whole = batches(source, 14, **layout)

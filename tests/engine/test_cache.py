@@ -75,7 +75,7 @@ def test_a_ring_holds_the_window_and_the_token_itself():
 
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, LENGTH), start=st.integers(0, LENGTH - 1))
-def test_a_row_goes_on_from_any_start_that_it_can_be_rewound_to(length, start):
+def test_a_row_continues_from_any_start_that_it_can_be_rewound_to(length, start):
     """And the rule is not too strict: a row that never wrapped can always be rewound."""
     start = min(start, length - 1)
     model, _, extend, weights = model_and_programs("2026", LENGTH)

@@ -161,7 +161,7 @@ def test_more_samples_than_rows(scheduler):
     assert all(len(sample.tokens) == 6 for sample in many)
 
 
-def test_a_conversation_goes_on_from_the_row_it_left(scheduler):
+def test_a_conversation_continues_from_the_row_it_left(scheduler):
     first = list(range(40))
     answer = scheduler.generate([Request(first, 10, GREEDY)])[0][0].tokens
     listener = Listener()
@@ -175,7 +175,7 @@ def test_a_conversation_goes_on_from_the_row_it_left(scheduler):
     assert [listener.tokens()] == generate(model, params, [second], 10)
 
 
-def test_an_edited_conversation_goes_on_from_what_is_common(scheduler):
+def test_an_edited_conversation_continues_from_what_is_common(scheduler):
     scheduler.generate([Request([*range(40), 50, 51], 10, GREEDY)])
     listener = Listener()
     scheduler.submit(Request([*range(40), 60, 61], 10, GREEDY), listener)
@@ -215,7 +215,7 @@ def test_a_chunk_is_never_padded_to_more_than_twice_its_tokens(remaining):
 
 
 def test_a_long_prompt_does_not_hold_up_the_others():
-    """It is appended in parts, and the other rows go on decoding between them."""
+    """It is appended in parts, and the other rows keep decoding between them."""
     long_model = random_model(sequence_len=1600)
     scheduler = Scheduler(make_engine(*long_model, n_slots=2, chunk=2))
     chatting, reading = Listener(), Listener()

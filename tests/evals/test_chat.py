@@ -133,8 +133,8 @@ def test_two_processes_measure_the_same(base, call):
     assert "accuracy" not in outputs[1]  # only the first one speaks
 
 
-def test_mistakes_are_told_before_anything_is_loaded(base, call):
+def test_mistakes_are_reported_before_anything_is_loaded(base, call):
     assert "there is no task 'riddles'" in call("eval_chat.py", "--run=chat", "--tasks=riddles")
     assert "set --temperature" in call("eval_chat.py", "--run=chat", "--n-samples=4")
     assert "at least one sample" in call("eval_chat.py", "--run=chat", "--n-samples=0")
-    assert "holds no checkpoints" in call("eval_chat.py", "--run=nobody", "--tasks=arithmetic")
+    assert "holds no checkpoints" in call("eval_chat.py", "--run=no-such-run", "--tasks=arithmetic")

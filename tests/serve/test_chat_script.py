@@ -20,7 +20,7 @@ GREEDY = Settings(temperature=0, max_tokens=100)
 
 @pytest.fixture
 def say_all(spare_scheduler, loaded, monkeypatch, capsys):
-    """Types these lines and tells what was printed, and the terminal as it was left."""
+    """Types these lines and returns what was printed, and the terminal as it was left."""
 
     def start(*lines: str, stage: str = "sft", settings: Settings = GREEDY):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -76,7 +76,7 @@ def test_what_no_longer_fits_is_forgotten_and_reported(say_all):
     assert len(terminal.messages) == 6
 
 
-def test_a_base_model_goes_on_with_the_text(say_all):
+def test_a_base_model_continues_the_text(say_all):
     out, terminal = say_all("it goes x", stage="pretrain", settings=Settings(0, max_tokens=7))
     assert "has only been pretrained" in out
     assert "yzxyzxy\n" in out

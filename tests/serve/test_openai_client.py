@@ -76,7 +76,7 @@ def test_no_chunk_holds_half_a_character(chat):
 
 
 def test_the_next_turn_is_answered_from_the_cache(chat):
-    question = "a question that nobody asked before"
+    question = "a question asked for the first time"
     first = chat([{"role": "user", "content": question}], temperature=0)
     history = [
         {"role": "user", "content": question},

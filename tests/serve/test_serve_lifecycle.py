@@ -167,11 +167,11 @@ def test_a_mistake_of_ours_is_logged_and_not_shown(serve, monkeypatch, caplog):
 
 
 def test_not_ready_until_all_programs_are_compiled(serve, spare_scheduler, monkeypatch):
-    go_on = threading.Event()
+    proceed = threading.Event()
     warm_up = spare_scheduler.engine.warm_up
 
     def waits(progress):
-        go_on.wait()
+        proceed.wait()
         warm_up(progress)
 
     monkeypatch.setattr(spare_scheduler.engine, "warm_up", waits)
@@ -179,7 +179,7 @@ def test_not_ready_until_all_programs_are_compiled(serve, spare_scheduler, monke
         warming = http.get("/ready")
         assert (warming.status_code, warming.json()) == (503, {"status": "warming up"})
         assert http.get("/health").status_code == 200
-        go_on.set()
+        proceed.set()
         # Who comes early only waits.
         early = http.post("/v1/chat/completions", json=says(temperature=0))
         assert early.json()["choices"][0]["message"]["content"] == scripted.ANSWER_TEXT

@@ -122,7 +122,7 @@ def test_a_chat_leaves_out_the_oldest_turns_and_says_how_many():
     assert chat_prompt(TOKENIZER, "chat", system, 7 * 12 + 2).dropped == 2
 
 
-def test_a_base_model_goes_on_with_one_document():
+def test_a_base_model_continues_one_document():
     messages = conversation("The sky", " is blue", "And the sea")
     ids, dropped = chat_prompt(TOKENIZER, "base", messages, 100)
     assert ids[0] == TOKENIZER.bos_id

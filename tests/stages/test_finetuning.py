@@ -161,7 +161,7 @@ def assert_close(trace: list[dict], whole: list[dict]) -> None:
 # --- the same, called directly --------------------------------------------------------------------
 
 
-def test_another_number_of_devices_goes_on_with_the_same_losses(here, script, whole):
+def test_another_number_of_devices_continues_with_the_same_losses(here, script, whole):
     shutil.copytree(script.folder("whole"), script.folder("on2"))
     shutil.rmtree(script.folder("on2") / "checkpoints" / str(STEPS))
     assert finetune("sft", sft(run="on2", resume=True, n_devices=2)) == 0
@@ -277,7 +277,7 @@ def test_the_newest_fitting_run_is_the_default(here, base, whole):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "nobody"}, "holds no checkpoints"),
+        ({"source": "no-such-run"}, "holds no checkpoints"),
         ({"source_step": "5"}, "has no step 5; it has 3, 6"),
         ({"tasks": "arithmetics"}, "there is no task 'arithmetics'"),
         ({"tasks": "arithmetic**2"}, "cannot read the task"),

@@ -152,7 +152,7 @@ def config(**settings) -> PretrainConfig:
 
 
 @pytest.mark.parametrize("devices", [2, 8])
-def test_another_number_of_devices_goes_on_with_the_same_losses(here, script, whole, devices):
+def test_another_number_of_devices_continues_with_the_same_losses(here, script, whole, devices):
     name = f"on{devices}"
     shutil.copytree(script.folder("whole"), script.folder(name))
     shutil.rmtree(script.folder(name) / "checkpoints" / str(STEPS))
@@ -177,7 +177,7 @@ def test_a_non_finite_loss_ends_the_run_and_overwrites_nothing(here, script, cap
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokenizer": "nobody"}, "train one with scripts/tok_train.py"),
+        ({"tokenizer": "no-such-one"}, "train one with scripts/tok_train.py"),
         ({"dataset": "nowhere"}, "there is no data set at"),
         ({"total_batch_size": 1000}, "not a whole number of micro-batches"),
         ({"max_seq_len": 100}, "not a whole number of micro-batches"),
@@ -292,7 +292,7 @@ def test_eval_base_wants_a_data_set_for_a_run_that_has_none(call, script, whole)
     )
 
 
-def test_generate_goes_on_with_a_text_or_a_file(call, whole, tmp_path):
+def test_generate_continues_a_text_or_a_file(call, whole, tmp_path):
     flags = ["--run=whole", "--max-tokens=6"]
     (tmp_path / "start.txt").write_text("the and of", encoding="utf-8")
     prompt = f"--prompt=FILE:{tmp_path / 'start.txt'}"
@@ -304,6 +304,6 @@ def test_generate_goes_on_with_a_text_or_a_file(call, whole, tmp_path):
     assert greedy[0] == greedy[1]
     assert "No such file" in call("generate.py", *flags, "--prompt=FILE:/nowhere/at all")
     assert "has no step 5; it has 12, 14" in call("generate.py", *flags, "--step=5")
-    assert "holds no checkpoints" in call("generate.py", "--run=nobody")
+    assert "holds no checkpoints" in call("generate.py", "--run=no-such-run")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in call("generate.py", *flags, f"--prompt=FILE:{tmp_path / 'bytes'}")

@@ -83,7 +83,7 @@ def trace(script: Script, run: str) -> list[dict]:
     ]
 
 
-def told(script: Script, run: str) -> list[dict]:
+def read_transcripts(script: Script, run: str) -> list[dict]:
     lines = (script.folder(run) / TRANSCRIPTS_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -179,7 +179,7 @@ def test_kill_9_and_sigterm_change_nothing(script, whole):
     finish(script.start_plain(*again), 0)
 
     assert trace(script, "hunted") == whole
-    assert told(script, "hunted") == told(script, "whole")
+    assert read_transcripts(script, "hunted") == read_transcripts(script, "whole")
     states = [load_model(script.folder(run)).params for run in ("hunted", "whole")]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
@@ -193,7 +193,7 @@ def test_a_run_has_one_process_at_a_time(here, base, script, whole):
 
 
 def test_two_devices_learn_the_same(here, base, script, whole):
-    """Answers are drawn with the same numbers; only sums are rounded in another order."""
+    """Answers are sampled with the same seeds; only sums are rounded in another order."""
     assert reinforce(config(base, run="two", n_devices=2, num_iterations=2, eval_every=0)) == 0
     ours, theirs = (
         next(r for r in records if r["kind"] == "train")
@@ -217,7 +217,7 @@ def test_two_processes_learn_the_same(here, base, script, whole):
 
 
 def assert_alike(script: Script, run: str, other: str) -> None:
-    assert told(script, run) == told(script, other)
+    assert read_transcripts(script, run) == read_transcripts(script, other)
     for ours, theirs in zip(trace(script, run), trace(script, other), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() & {"loss", "grad_norm", "reward", "length", "pass@2", "kl"}:
@@ -242,7 +242,7 @@ def test_a_changed_run_is_not_continued(here, base, script, whole):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "nobody"}, "holds no checkpoints"),
+        ({"source": "no-such-run"}, "holds no checkpoints"),
         ({"source_step": "7"}, "has no step 7; it has 40"),
         ({"task": "json:/nowhere"}, "there is no file /nowhere"),
         ({"task": "chess"}, "there is no task 'chess'"),
@@ -295,7 +295,7 @@ def test_rates_are_the_sources_and_fall_to_nothing(here, base):
 # --- asking ---------------------------------------------------------------------------------------
 
 
-def test_questions_come_round_and_go_on_where_they_were():
+def test_questions_repeat_and_continue_where_they_were():
     questions = PromptLoader(size=5, per_step=3, seed=1)
     steps = [next(questions) for _ in range(4)]
     assert [[q.example for q in step] for step in steps] == [
@@ -388,7 +388,7 @@ def test_the_calculator_answers_and_its_answer_is_not_trained_on(tmp_path):
 
 
 class Backwards(Task):
-    """A task of one's own, as tasks/task.py says."""
+    """A user's own task, as tasks/task.py says."""
 
     name, kind = "backwards", "generative"
 
@@ -415,7 +415,7 @@ def test_a_new_task_is_one_class_and_one_line(here, base, script, monkeypatch):
     assert stage.train_task.reward(stage.train_task[2], "21") == 1
 
 
-def test_fine_tuning_does_not_go_on_from_here(here, whole):
+def test_fine_tuning_does_not_start_from_here(here, whole):
     with pytest.raises(ValueError, match=r"of reinforcement learning.*toy-sft, with --source"):
         finetune("sft", FinetuneConfig(source="whole"))
 
