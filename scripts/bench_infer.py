@@ -117,10 +117,9 @@ class InferBench:
 def _append(engine: Engine, row: int, prompt: list[int]) -> None:
     done = 0
     while done < len(prompt):
-        part = prompt[done : done + engine.bucket(len(prompt) - done)]
-        last = prompt[done - 1] if done else 0
-        engine.prefill([Chunk(row, done, last, part, prompt[: done + len(part)])])
-        done += len(part)
+        end = done + engine.bucket(len(prompt) - done)
+        engine.prefill([Chunk(row, done, prompt[:end])])
+        done = end
 
 
 def measure(config: BenchInferConfig) -> dict[str, Any]:
@@ -183,6 +182,9 @@ def _row(bench: InferBench, loop_s: float) -> dict[str, Any]:
     token_s = loop_s / bench.config.new_tokens
     device = find_device(jax.devices()[0].device_kind)
     moved = bench.engine.bytes_per_token()
+    # Of the device; on a CPU, of this process. It never falls from row to row.
+    stats = jax.local_devices()[0].memory_stats() or {}
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "batch": bench.rows,
         "ttft_ms": 1e3 * bench.ttft_s,
@@ -190,15 +192,8 @@ def _row(bench: InferBench, loop_s: float) -> dict[str, Any]:
         "tokens_per_s": bench.rows / token_s,
         "bandwidth_share": None if device is None else moved / token_s / (device.bandwidth * 1e12),
         "gb_per_token": moved / 1e9,
-        "peak_gib": _peak_gib(),
+        "peak_gib": (stats.get("peak_bytes_in_use") or own_peak) / 2**30,
     }
-
-
-def _peak_gib() -> float:
-    """Of the device; on a CPU, of this process. It never falls from row to row."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    return (peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
 
 
 def show(result: dict[str, Any]) -> None:

@@ -46,7 +46,13 @@ def main() -> None:
     if config.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, not {config.num_samples}")
     sampling = SamplingParams(config.temperature, config.top_k, seed=config.seed)
-    prompt = read_prompt(config.prompt)
+    prompt = config.prompt
+    if prompt.startswith("FILE:"):
+        path = Path(prompt.removeprefix("FILE:"))
+        try:
+            prompt = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text") from None
     start()
     loaded = load_model(run_folder(config.run), config.step)
     prompts, tokenizer, new = [prompt] * config.num_samples, loaded.tokenizer, config.max_tokens
@@ -56,16 +62,6 @@ def main() -> None:
         if config.num_samples > 1:
             say(f"--- sample {number + 1}")
         say(prompt + text)
-
-
-def read_prompt(prompt: str) -> str:
-    if not prompt.startswith("FILE:"):
-        return prompt
-    path = Path(prompt.removeprefix("FILE:"))
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
 
 
 if __name__ == "__main__":

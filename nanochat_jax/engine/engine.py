@@ -32,13 +32,11 @@ BUCKETS = (16, 64, 256, 512)
 
 
 class Chunk(NamedTuple):
-    """Tokens to append to one row, after its first `start`."""
+    """The tokens of one row, of which all but the first `start` are to be appended."""
 
     row: int
     start: int
-    last: int  # the token before the chunk; anything for start = 0
     tokens: Sequence[int]
-    whole: Sequence[int]  # all tokens of the row, these included
 
 
 class Engine:
@@ -116,16 +114,16 @@ class Engine:
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Appends at most one chunk per device; none longer than the largest bucket."""
         n, per_device = self.n_devices, self.n_slots // self.n_devices
-        width = next(b for b in self.buckets if b >= max(len(c.tokens) for c in chunks))
+        width = next(b for b in self.buckets if b >= max(len(c.tokens) - c.start for c in chunks))
         rows, starts, lasts, counts = (np.zeros(n, np.int32) for _ in range(4))
         rows[:] = per_device  # out of range: nothing to do for that device
         tokens, seen = np.zeros((n, width), np.int32), np.zeros((n, self.vocab_size), bool)
         for c in chunks:
-            d = self.device_of(c.row)
-            rows[d], starts[d], lasts[d] = c.row % per_device, c.start, c.last
-            counts[d] = len(c.tokens)
-            tokens[d, : len(c.tokens)] = c.tokens
-            seen[d, np.asarray(c.whole)] = True
+            d, new = self.device_of(c.row), c.tokens[c.start :]
+            rows[d], starts[d], counts[d] = c.row % per_device, c.start, len(new)
+            lasts[d] = c.tokens[c.start - 1] if c.start else 0
+            tokens[d, : len(new)] = new
+            seen[d, np.asarray(c.tokens)] = True
         inputs = PrefillInputs(rows, starts, lasts, tokens, counts, seen)
         self._state = self._prefill(self._weights, self._state, self._put(inputs))
 
@@ -158,7 +156,7 @@ class Engine:
         """Compiles all programs, so that no request waits for a compiler."""
         for bucket in self.buckets:
             progress(f"compiling for prompts of {bucket} tokens")
-            self.prefill([Chunk(0, 0, 0, [0] * bucket, [0])])
+            self.prefill([Chunk(0, 0, [0] * bucket)])
         progress("compiling the decode loop")
         inputs = DecodeInputs.empty(self.n_slots)
         inputs.running[0], inputs.remaining[0] = True, 1

@@ -138,7 +138,12 @@ class Scheduler:
                 worked = self.step()
             except Exception:
                 log.exception("the engine failed; the requests it was working on end in an error")
-                self._fail_all()
+                failed = [self._free(slot, "error").state for slot in self._slots if slot.group]
+                for slot in self._slots:
+                    slot.cached = []  # the rows' contents are lost
+                self.engine.reset()
+                for state in dict.fromkeys(failed):
+                    self._deliver(state)
                 continue
             if not worked:
                 with self._changed:
@@ -234,9 +239,8 @@ class Scheduler:
             for slot in chosen:
                 size = min(self.engine.bucket(len(slot.pending)), len(slot.pending))
                 part, slot.pending = slot.pending[:size], slot.pending[size:]
-                last = slot.cached[-1] if slot.cached else 0
-                chunks.append(Chunk(slot.index, len(slot.cached), last, part, slot.cached + part))
-                slot.cached = slot.cached + part
+                start, slot.cached = len(slot.cached), slot.cached + part
+                chunks.append(Chunk(slot.index, start, slot.cached))
                 budget[self.engine.device_of(slot.index)] -= size
             self.engine.prefill(chunks)
             skipped -= set(chosen)
@@ -344,15 +348,6 @@ class Scheduler:
         except Exception:
             log.exception("a listener failed; its request is cancelled")
             self.cancel(state)
-
-    def _fail_all(self) -> None:
-        """After a failure: the rows' contents are lost, and so are the requests in them."""
-        failed = [self._free(slot, "error").state for slot in self._slots if slot.group]
-        for slot in self._slots:
-            slot.cached = []
-        self.engine.reset()
-        for state in dict.fromkeys(failed):
-            self._deliver(state)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -54,11 +54,7 @@ class ToolCall:
     def __init__(self, tools: Tools):
         self._tools = tools
         self._expression: list[int] | None = None
-
-    @property
-    def pause_id(self) -> int:
-        """The token after which there may be an answer to force."""
-        return self._tools.python_end
+        self.pause_id = tools.python_end  # the token after which there may be an answer to force
 
     def feed(self, token: int) -> list[int]:
         """The tokens to force after this one."""

@@ -51,7 +51,9 @@ class ChatResult:
 
     def as_json(self) -> dict[str, Any]:
         accuracy = float(self.accuracies_Q.mean())
-        passes = {f"pass@{k}": pass_at_k(self.correct_QN, k) for k in self._ks()}
+        n = self.correct_QN.shape[1]
+        ks = [2**i for i in range(1, n) if 2**i < n] + [n] if n > 1 else []  # 2, 4, 8, … and n
+        passes = {f"pass@{k}": pass_at_k(self.correct_QN, k) for k in ks}
         return {
             "kind": self.kind,
             "accuracy": accuracy,
@@ -63,12 +65,6 @@ class ChatResult:
             "transcripts": self.transcripts,
             **({"drawing": self.sampling} if self.sampling else {}),
         }
-
-    def _ks(self) -> list[int]:
-        """The k of pass@k: 2, 4, 8, … and the number of samples itself."""
-        n = self.correct_QN.shape[1]
-        doubled = (2**i for i in range(1, n.bit_length()))
-        return sorted({k for k in doubled if k < n} | ({n} if n > 1 else set()))
 
 
 # --- categorical ----------------------------------------------------------------------------------

@@ -130,10 +130,17 @@ class Harness:
         )
         answers = []
         for i, ((context, settings), max_new_tokens) in enumerate(zip(pairs, new, strict=True)):
+            is_random = settings.get("do_sample")  # greedy unless the task asks for sampling
+            temperature = float(settings.get("temperature", 1.0 if is_random else 0.0))
             request = Request(
                 self._encode(context)[-self._max_length :],
                 max_new_tokens,
-                _sampling_params(settings, seed=i),
+                SamplingParams(
+                    0.0 if is_random is False else temperature,
+                    int(settings.get("top_k") or 0),
+                    float(settings.get("top_p") or 1.0),
+                    seed=i,
+                ),
                 stop_ids=stop_ids(self._tokenizer, chat=True),
                 use_tools=self._use_tools,
             )
@@ -189,15 +196,6 @@ class Answer:
         text = self._tokenizer.decode(self._tokens)
         found = [text.find(stop) for stop in self._until if stop]
         return text[: min((at for at in found if at >= 0), default=None)]
-
-
-def _sampling_params(settings: Mapping[str, Any], seed: int) -> SamplingParams:
-    """Greedy unless the task asks for sampling."""
-    wanted = settings.get("do_sample")
-    default = 1.0 if wanted else 0.0
-    temperature = 0.0 if wanted is False else float(settings.get("temperature", default))
-    top_k, top_p = int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0)
-    return SamplingParams(temperature, top_k, top_p, seed=seed)
 
 
 def _log_p(scores: Sequence[SpanScore]) -> float:

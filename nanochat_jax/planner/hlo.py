@@ -61,7 +61,6 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
-    name: str
     instructions: dict[str, Instruction]
 
     @cached_property
@@ -141,9 +140,8 @@ def parse(text: str) -> Module:
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
         if header:
-            current = Computation(header[2], {})
-            computations[current.name] = current
-            entry = current.name if header[1] else entry
+            current = computations[header[2]] = Computation({})
+            entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             current = None
         elif current is not None and (instruction := _instruction(line)):

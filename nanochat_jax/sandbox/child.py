@@ -47,7 +47,7 @@ def main() -> NoReturn:
         _program(payload, ready=int(sys.argv[1]))
     _children()  # fails now where /proc does not list them
     kernel.die_with_parent(signal.SIGTERM)
-    kernel.adopt_orphans()
+    kernel.prctl(kernel.SET_SUBREAPER, 1)  # orphans become our children, which we can reap
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may ignore it, and we inherit that
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM})
     ready, signal_ready = os.pipe()

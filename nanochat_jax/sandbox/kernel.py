@@ -20,7 +20,8 @@ OPEN_FILES, THREADS = 64, 64
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 NOBODY = 65534
 
-_SET_DEATH_SIGNAL, _DROP_FROM_BOUNDS, _SET_SUBREAPER, _NO_NEW_PRIVILEGES = 1, 24, 36, 38
+SET_SUBREAPER = 36
+_SET_DEATH_SIGNAL, _DROP_FROM_BOUNDS, _NO_NEW_PRIVILEGES = 1, 24, 38
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # system calls, on every architecture
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _PIVOT_ROOT, _CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(
@@ -40,11 +41,6 @@ class Refused(Exception):
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Signals this process when its parent ends. A change of user or capabilities undoes it."""
     prctl(_SET_DEATH_SIGNAL, number)
-
-
-def adopt_orphans() -> None:
-    """Descendants whose parents died become children of this process, which can reap them."""
-    prctl(_SET_SUBREAPER, 1)
 
 
 # --- namespaces -----------------------------------------------------------------------------------
