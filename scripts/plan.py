@@ -28,7 +28,7 @@ from rich.table import Table
 
 from nanochat_jax.cli import run_script
 from nanochat_jax.config import parse
-from nanochat_jax.devices import GPUS, find_device
+from nanochat_jax.devices import GPUS, find_device, peak_flops
 from nanochat_jax.planner import estimate
 from nanochat_jax.planner.gpus import GIB, GPUS_PER_NODE, described
 from nanochat_jax.planner.program import CompiledStep, compile_engine, compile_step, search_largest
@@ -92,10 +92,11 @@ def summarise(
     config: PlanConfig, plan: Plan, cost: estimate.StepCost, target: str
 ) -> dict[str, Any]:
     """What every plan says, compiled or not."""
-    checkpoint = estimate.state_bytes(plan)
     shards = estimate.shards_needed(plan.total_tokens, config.dataset)
     # The checkpoints kept, the best one, and the one being written.
-    disk = shards * estimate.SHARD_BYTES + checkpoint * (config.keep_last + 2)
+    disk = shards * estimate.SHARD_BYTES + estimate.state_bytes(plan) * (config.keep_last + 2)
+    # Of the devices' bfloat16 peak; a CPU has none.
+    peak, flops = peak_flops(target), plan.flops_per_token * plan.total_batch_size / plan.n_devices
     hours = plan.num_iterations * cost.step_s / 3600
     price = 0.0 if target == "cpu" else config.usd_per_gpu_hour
     return {
@@ -112,7 +113,7 @@ def summarise(
         "ms_per_microbatch": round(cost.microbatch_s * 1e3, 2),
         "ms_per_step": round(cost.step_s * 1e3, 2),
         "tokens_per_s": round(plan.total_batch_size / cost.step_s),
-        "mfu": estimate.mfu(plan, cost, target),
+        "mfu": round(flops / cost.step_s / peak, 4) if peak else None,
         "steps": plan.num_iterations,
         "hours": round(hours, 3),
         "usd": round(hours * plan.n_devices * price, 2),

@@ -202,12 +202,11 @@ def conclude(sweep: Sweep, results: Sequence[RunResult], folder: Path) -> dict[s
     (folder / "results.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
     for name, svg in plots.items():
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-    failed = {r.run: r.status for r in results if r.status.startswith("failed")}
     return {
         "sweep": sweep.name,
         "finished": len(finished(results)),
         "runs": len(results),
-        "failed": failed,
+        "failed": {r.run: r.status for r in results if r.status.startswith("failed")},
         **found,
     }
 

@@ -56,24 +56,20 @@ def can_rewind(config: GPTConfig, capacity: int, length: int, start: int) -> boo
     return all(length <= size + max(0, start - window) for size, window in reaches)
 
 
-# --- attention ------------------------------------------------------------------------------------
-
-
 def attend(q_RTNH, k_RTKH, v_RTKH, keys_RKSH, values_RKSH, lengths_R, counts_R, window: int):
     """Appends the first `counts_R` new keys and values of each row, and attends.
 
     Returns (outputs (R, T, N, H), keys, values). New token i of a row is at position lengths_R + i
     and attends to what its window reaches: cached positions, new ones before it, itself.
     """
-    new = k_RTKH, v_RTKH, lengths_R, counts_R
     if q_RTNH.shape[1] == 1:  # its window fits the ring, which may be written before it is read
         put = partial(_append_one, lengths_R=lengths_R, counts_R=counts_R)
         keys, values = put(keys_RKSH, k_RTKH[:, 0]), put(values_RKSH, v_RTKH[:, 0])
-        # Otherwise XLA may recompute the update in each kernel that reads it, and copy for that.
+        # Without this XLA may recompute the update in every kernel that reads it, from a copy.
         keys, values = jax.lax.optimization_barrier((keys, values))
         return _attend_one(q_RTNH, keys, values, lengths_R), keys, values
     out = _attend_chunk(q_RTNH, k_RTKH, v_RTKH, keys_RKSH, values_RKSH, lengths_R, window)
-    return out, *_append(keys_RKSH, values_RKSH, *new)
+    return out, *_append(keys_RKSH, values_RKSH, k_RTKH, v_RTKH, lengths_R, counts_R)
 
 
 def _append_one(ring_RKSH, new_RKH, *, lengths_R, counts_R):

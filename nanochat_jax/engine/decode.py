@@ -146,7 +146,7 @@ class PrefillInputs(NamedTuple):
     starts: Any  # int32 (R,): how many of the row's tokens stay
     lasts: Any  # int32 (R,): the last of these
     tokens: Any  # int32 (R, T)
-    counts: Any  # int32 (R,): how many of `tokens` count
+    counts: Any  # int32 (R,): how many of `tokens` are not padding
     seen: Any  # bool (R, V): the tokens of the whole row
 
 
@@ -164,8 +164,8 @@ def prefill(
 
 
 def copy_row(state: EngineState, source: jax.Array, target: jax.Array, axis: str) -> EngineState:
-    """Copies row `source` (R = 1) of the device that has it to row `target` of the one that has
-    that. On all other devices the indices are out of range.
+    """Copies row `source` (R = 1), from the device that holds it, to row `target` of another or the
+    same device. On all other devices the indices are out of range.
     """
     is_here = source[0] < state.logits_BV.shape[0]
 
@@ -179,7 +179,7 @@ def copy_row(state: EngineState, source: jax.Array, target: jax.Array, axis: str
 
 
 def _write_rows(state: EngineState, rows_R, new: EngineState) -> EngineState:
-    # Otherwise XLA reads the rows while it writes them, and copies the whole cache to be able to.
+    # Without this XLA would read the rows while writing them, and copy the whole cache to do so.
     state, new = jax.lax.optimization_barrier((state, new))
     return jax.tree.map(lambda leaf, row: leaf.at[rows_R].set(row, mode="drop"), state, new)
 

@@ -1,4 +1,4 @@
-"""The engine: a fixed number of rows on the devices, and the compiled programs that move them.
+"""The engine: a fixed number of rows on the devices, and the compiled programs that work on them.
 
 It knows token ids, not text, and nothing about requests: scheduler.py decides what runs in which
 row. Rows are sharded over the mesh's data axis; each device holds its own rows and a copy of the

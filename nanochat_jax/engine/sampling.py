@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A top_k of at most so many looks at only so many candidates: a full sort is far more expensive.
+# A top_k up to one of these looks at only that many candidates: a full sort is far more expensive.
 CANDIDATES = (64, 256)
 
 

@@ -25,7 +25,7 @@ from nanochat_jax.engine.tools import ToolCall, Tools
 from nanochat_jax.gpt import GPT, Params
 from nanochat_jax.tokenizer import Tokenizer
 
-PREFILL_TOKENS = 512  # prompt tokens per round and device, so that decoding slots wait no longer
+PREFILL_TOKENS = 512  # prompt tokens per round and device, so that decoding slots never wait longer
 MAX_SKIPPED = 4  # rounds in which shorter prompts may go first
 MIN_REUSE = 8  # common tokens that make a slot's old contents worth reusing
 

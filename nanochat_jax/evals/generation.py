@@ -59,9 +59,8 @@ def completion_engine(
     chat: bool = False,
 ) -> Engine:
     """An engine with room for `complete`; its rows may be longer than those of training."""
-    longest = max(map(len, _prompt_ids(tokenizer, prompts, chat)))
     n_slots = min(len(prompts), MAX_SLOTS)
-    capacity = longest + max_new_tokens
+    capacity = max(map(len, _prompt_ids(tokenizer, prompts, chat))) + max_new_tokens
     return make_engine(model, params, capacity=capacity, n_slots=n_slots, chunk=CHUNK)
 
 

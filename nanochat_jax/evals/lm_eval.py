@@ -94,7 +94,7 @@ class Harness:
         else:
             before = self._encode(context.rstrip())  # a space belongs to the word that follows
             whole = self._encode(context + continuation)
-        start = min(len(before), len(whole) - 1)  # the last token may have grown
+        start = min(len(before), len(whole) - 1)  # the context's last token may now be longer
         surplus = min(max(0, len(whole) - self._max_length - 1), start - 1)
         return Span(np.array(whole[surplus:], np.int32), start - surplus)
 

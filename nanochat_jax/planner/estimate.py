@@ -15,7 +15,7 @@ import numpy as np
 
 from nanochat_jax.config import CONFIGS
 from nanochat_jax.data.shards import HUB_DATASETS
-from nanochat_jax.devices import find_device, peak_flops
+from nanochat_jax.devices import find_device
 from nanochat_jax.distributed import GPU_MEMORY_SHARE
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import OptimConfig, make_optimizer
@@ -38,9 +38,6 @@ KEPT_ACTIVATIONS_D = 15  # arrays (tokens, D) that a layer keeps for its backwar
 KEPT_ACTIVATIONS_KV = 3  # … (tokens, K·H): see `activation_bytes`
 
 
-# --- text, state, MFU -----------------------------------------------------------------------------
-
-
 def shards_needed(tokens: int, dataset: str) -> int:
     """Shards of a published data set that hold `tokens` tokens after packing, and the validation
     shard; no more than there are, and 0 for other text."""
@@ -57,16 +54,6 @@ def state_bytes(plan: Plan) -> int:
     model, optimizer = model_and_optimizer(plan, jnp.float32, "blocked")
     state = abstract_logical_state(model, optimizer, make_mesh(1))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def mfu(plan: Plan, cost: "StepCost", target: str) -> float | None:
-    """Share of the devices' bfloat16 peak that the step reaches; None on a CPU."""
-    peak = peak_flops(target)
-    flops = plan.flops_per_token * plan.total_batch_size / plan.n_devices
-    return round(flops / cost.step_s / peak, 4) if peak else None
-
-
-# --- arithmetic without a compiler ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,6 @@ def estimate(plan: Plan, target: str) -> StepCost:
     `target` is "cpu" (this machine: one matrix product is timed) or the name of a device of
     devices.py.
     """
-    flops = plan.flops_per_token * plan.total_batch_size / plan.n_devices
     if target == "cpu":
         rate, value_bytes = CPU_SHARE * measured_cpu_flops(), 4
         capacity = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -107,7 +93,7 @@ def estimate(plan: Plan, target: str) -> StepCost:
         how = f"arithmetic, at {ASSUMED_MFU:.0%} of {device.bf16_tflops:.0f} TFLOP/s"
     fixed = fixed_bytes(plan, value_bytes)
     peak = fixed + activation_bytes(plan.config, plan.device_batch_size, value_bytes)
-    step_s = flops / rate
+    step_s = plan.flops_per_token * plan.total_batch_size / plan.n_devices / rate
     largest = largest_batch(plan, peak, fixed, capacity)
     return StepCost(how, peak, capacity, largest, step_s / plan.grad_accum_steps, step_s)
 

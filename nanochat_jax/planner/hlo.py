@@ -219,7 +219,6 @@ def _schedule(module: Module, computation: Computation) -> Iterator[Kernel | Loo
 
 def _kernel(module: Module, computation: Computation, instruction: Instruction) -> Kernel:
     """The launch of an instruction, or of the computation that it calls: its members, `where`."""
-    is_async = instruction.opcode.endswith("-start")
     inner = module.computations.get(instruction.called("calls") or "")
     where = inner or computation
     members = [*inner.instructions.values()] if inner else [instruction]
@@ -231,7 +230,7 @@ def _kernel(module: Module, computation: Computation, instruction: Instruction) 
         names = [i.text("op_name") for i in (instruction, *members)]
         op_name = names[0] if "/" in names[0] else max(names, key=len)  # a bare fusion has none
         found = Kernel(instruction.name, kind, moved, flops, op_name)
-    return replace(found, is_async=is_async)
+    return replace(found, is_async=instruction.opcode.endswith("-start"))
 
 
 def _communication(where, members, instruction) -> Kernel | None:
@@ -244,9 +243,8 @@ def _communication(where, members, instruction) -> Kernel | None:
             if candidate.opcode.endswith("-start") and name != "all-reduce":
                 outs -= ins  # the start's shape lists its operands too
             size = ins if name == "all-reduce" else max(ins, outs)
-            group = _group_size(candidate)
             op_name = instruction.text("op_name") or candidate.text("op_name")
-            kind = name.replace("-", "_")
+            kind, group = name.replace("-", "_"), _group_size(candidate)
             return Kernel(instruction.name, kind, size, 0.0, op_name, group)
     return None
 

@@ -28,8 +28,6 @@ from nanochat_jax.scaling import Plan
 from nanochat_jax.sharding import BATCH_SPEC
 from nanochat_jax.train import Batch, abstract_state, make_train_step
 
-# --- the training step ----------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class CompiledStep:
@@ -149,9 +147,6 @@ def with_rows(plan: Plan, rows: int) -> Plan:
     """The same plan with another device batch; the accumulation makes up for it."""
     step_rows = plan.total_batch_size // (plan.config.sequence_len * plan.n_devices)
     return replace(plan, device_batch_size=rows, grad_accum_steps=step_rows // rows)
-
-
-# --- the engine -----------------------------------------------------------------------------------
 
 
 def compile_engine(config: GPTConfig, target: str, slots: int) -> dict[str, Any]:

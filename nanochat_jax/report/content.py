@@ -151,8 +151,7 @@ def _cards(chain: Chain, cost: Totals) -> Iterator[tuple[str, str, str]]:
     ):
         values = [column[name].value for column in found if name in column]
         if values:
-            value = values[0] if name == BPB else values[-1]
-            yield name, f"{value:.4f}", note
+            yield name, f"{values[0 if name == BPB else -1]:.4f}", note
     plan = chain[0].meta.get("plan", {})
     if "params" in plan:
         yield "Parameters", big(plan["params"]["total"]), f"depth {plan.get('depth', '?')}"

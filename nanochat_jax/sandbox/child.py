@@ -1,6 +1,6 @@
 """The process that run.py starts: isolates the program, watches it, leaves nothing behind.
 
-    supervisor                  keeps the time, kills and reaps
+    supervisor                  enforces the time limit, kills and reaps
       └ mounter                 where there are namespaces: mounts the new root; or it is bwrap
           └ init                the first process of the process namespace; or it is bwrap's
               └ program         limits, Landlock, seccomp; becomes program.py in the end

@@ -1,6 +1,6 @@
 """Runs a program to its last line and says so, inside the sandbox.
 
-That it got there is shown by a secret. The program shares its process with this file, so the secret
+A secret proves that it got there. The program shares its process with this file, so the secret
 must be out of its reach: it is in no variable, only in the arguments of a call that Python's C code
 makes once the program has returned. The functions that could find it there, or make Python skip
 lines, are refused.

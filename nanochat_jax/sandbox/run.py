@@ -12,7 +12,7 @@ threads and output. It is isolated by the first of these backends that the kerne
     landlock      Landlock for files and seccomp for all else, as in most containers; then nothing
                   can be written, not even in /tmp
 
-seccomp stands behind all of them. Where none works, `run` refuses, unless the caller allows it to
+seccomp is added to all of them. Where none works, `run` refuses, unless the caller allows it to
 run without. What the program prints and how it ends is never trusted; only a secret, written to the
 result pipe behind its last line, makes it count as finished. A program that breaks into its own
 interpreter, with forged bytecode, could find the secret and count as finished; it would still not
@@ -230,7 +230,7 @@ def _supervisor(result_pipe: int, payload: str) -> Iterator[tuple[Process, IO[by
     """A running supervisor and its output; it is gone at the end, whatever happens."""
     # One arena: glibc takes 64 MiB of the bounded address space for each, so for each thread.
     env = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
-    if "LD_LIBRARY_PATH" in os.environ:  # some interpreters cannot start without
+    if "LD_LIBRARY_PATH" in os.environ:  # some interpreters cannot start without it
         env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     process = subprocess.Popen(
         [*_python(), str(_PACKAGE / "sandbox/child.py")],

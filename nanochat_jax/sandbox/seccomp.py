@@ -1,8 +1,8 @@
 """The system calls that a sandboxed program may make: a seccomp filter, for x86-64 and aarch64.
 
-A list of what is allowed; all else fails with "Operation not permitted". No new process and no new
-program can be started (but the interpreter, once), no signal sent to another process, no socket
-made but a connected pair (asyncio wants one), and nothing traced, mounted or mapped from elsewhere.
+An allowlist: all else fails with "Operation not permitted". No new process and no new program can
+be started (except the interpreter, once), no signal sent to another process, no socket created
+except a connected pair (asyncio needs one), and nothing traced, mounted or mapped from elsewhere.
 Needs nothing but the standard library. Numbers: asm/unistd_64.h and asm-generic/unistd.h; format:
 linux/filter.h.
 """
@@ -11,6 +11,7 @@ import ctypes
 import errno
 import platform
 import struct
+from functools import partial
 
 from nanochat_jax.sandbox.kernel import Refused, allow_no_new_privileges, prctl
 
@@ -122,7 +123,7 @@ def build(pid: int, interpreter: int, may_write: bool, machine: str | None = Non
     ]
     code += _when(checked["clone"], is_thread)
     code += _when(checked["socketpair"], is_stream_pair)
-    code += _when(checked["clone3"], [_return(_FAIL | errno.ENOSYS)])  # the C library takes clone
+    code += _when(checked["clone3"], [_return(_FAIL | errno.ENOSYS)])  # the C library tries clone
     code += [_jump(_AT_LEAST, _NEWER_THAN_THIS_TABLE, 0, 1), _return(_FAIL | errno.ENOSYS)]
     return [*code, _return(_FAIL | errno.EPERM)]
 
@@ -149,17 +150,10 @@ def _argument(index: int) -> bytes:
     return _load(16 + 8 * index)  # the lower half: these arguments are 32-bit
 
 
-def _load(offset: int) -> bytes:
-    return _instruction(_LOAD, offset)
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """One instruction; after a jump, so many are skipped."""
+    return struct.pack("HBBI", code, if_true, if_false, value)
 
 
-def _return(verdict: int) -> bytes:
-    return _instruction(_RETURN, verdict)
-
-
-def _jump(condition: int, value: int, if_true: int, if_false: int) -> bytes:
-    return struct.pack("HBBI", condition, if_true, if_false, value)
-
-
-def _instruction(code: int, value: int) -> bytes:
-    return struct.pack("HBBI", code, 0, 0, value)
+_jump = _instruction
+_load, _return = partial(_instruction, _LOAD), partial(_instruction, _RETURN)

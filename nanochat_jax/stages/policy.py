@@ -33,9 +33,6 @@ from nanochat_jax.train import gather_weights
 STD_EPSILON = 1e-6  # of "std": where all samples have the same reward, the advantages are 0
 
 
-# --- rows -----------------------------------------------------------------------------------------
-
-
 class RolloutRows(NamedTuple):
     """A step's samples, padded to one width (NumPy arrays)."""
 
@@ -65,9 +62,6 @@ def make_rows(
         np.where(is_trained, ids, -1)[:, 1:],
         np.where(is_trained, logprobs, 0)[:, 1:],
     )
-
-
-# --- advantages and weights -----------------------------------------------------------------------
 
 
 def advantages(rewards_QN: np.ndarray, kind: Advantage = "mean") -> np.ndarray:
@@ -104,9 +98,6 @@ def row_weights(lengths_QN: np.ndarray, objective: Objective) -> np.ndarray:
             sizes = np.diff([*starts, N])
             weights = 1 / (np.repeat(totals, sizes, axis=1) * len(starts) * Q)
     return weights.astype(np.float32)
-
-
-# --- the batch and its loss -----------------------------------------------------------------------
 
 
 class RolloutBatch(NamedTuple):
@@ -176,9 +167,6 @@ def policy_loss(
         distance = micro.reference_logprobs_ABT - logprobs
         gain -= objective.kl * (jnp.exp(distance) - distance - 1)
     return -jnp.sum(jnp.where(targets >= 0, micro.weights_AB[:, None] * gain, 0.0))
-
-
-# --- probabilities --------------------------------------------------------------------------------
 
 
 def make_logprobs(model: GPT, mesh: Mesh) -> Callable[[Params, RolloutBatch], np.ndarray]:

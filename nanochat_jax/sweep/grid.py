@@ -210,7 +210,7 @@ def train_all(
     runs: Sequence[Run], failures: dict[str, str], folder: Path, stop: StopRequest
 ) -> None:
     """Trains what is not finished; adds to `failures` why runs failed."""
-    finished = {run.name: is_finished(read_run(run)) for run in runs}  # first of all: it may raise
+    finished = {run.name: is_finished(read_run(run)) for run in runs}  # first, as it may raise
     for index, run in enumerate(runs):
         title = f"[{index + 1}/{len(runs)}] {run.name}"
         if run.name in failures or stop.signal:

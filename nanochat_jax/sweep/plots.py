@@ -86,9 +86,6 @@ def seeds_plot(results: Sequence[RunResult]) -> str:
     return _svg(figure, "Two variants, seed by seed")
 
 
-# --- figures --------------------------------------------------------------------------------------
-
-
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(3 + 3.6 * panels, 4), facecolor=GROUND)
     return figure, [figure.add_subplot(1, panels, index + 1) for index in range(panels)]

@@ -31,9 +31,6 @@ def results_csv(results: Sequence[RunResult]) -> str:
     return text.getvalue()
 
 
-# --- what they show together ----------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class IsoFlop:
     """The best model and the best number of tokens of every budget, and how they grow."""
@@ -101,9 +98,6 @@ def compare_seeds(results: Iterable[RunResult]) -> dict[str, Any]:
     except ValueError as error:
         return {"notes": [str(error)]}
     return {"seeds": seeds, "b_minus_a": asdict(test), "notes": []}
-
-
-# --- for people -----------------------------------------------------------------------------------
 
 
 def table(results: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
