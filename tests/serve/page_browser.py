@@ -11,8 +11,8 @@ from contextlib import ExitStack
 
 import pytest
 import scripted
-from conftest import ENGINE, Running, running_server
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from running import ENGINE, Running, running_server
 
 from nanochat_jax.checkpoint import LoadedModel, load_model
 from nanochat_jax.engine.scheduler import Scheduler, make_scheduler

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import script_environment
+from running import script_environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_serve.py"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import scripted
-from conftest import script_environment
+from running import script_environment
 
 from nanochat_jax.serve.terminal import Settings, Terminal, talk
 

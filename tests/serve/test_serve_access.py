@@ -6,7 +6,7 @@ import socket
 import httpx
 import openai
 import pytest
-from conftest import says
+from running import says
 
 from nanochat_jax.serve.middleware import KEYS_VARIABLE, RateLimit, read_keys
 from nanochat_jax.serve.settings import ServeConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import scripted
-from conftest import says, script_environment, wait_until
+from running import says, script_environment, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENDLESS = {"prompt": "x", "temperature": 0, "max_tokens": 4000}

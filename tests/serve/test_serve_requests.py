@@ -5,7 +5,7 @@ import math
 
 import pytest
 import scripted
-from conftest import says
+from running import says
 
 BODIES = [
     *(b"", b"{", b"[]", b"null", b"3", b'"text"', b"\xff\xfe", b"{'a': 1}", b"{}"),
