@@ -154,12 +154,11 @@ def show(plan: Plan, summary: dict[str, Any], cost: estimate.StepCost) -> None:
 
 def rows(plan: Plan, s: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(what, value, meaning) of the table, from the summary `s`."""
-    per_token = f"{plan.flops_per_token:.3e} FLOPs a token"
     steps = f"{s['steps']:,} steps of {plan.total_batch_size:,}"
     batch = f"{s['gpus']} × {plan.grad_accum_steps} micro-batches of {s['device_batch_size']} rows"
     whose = "as compiled" if s.get("max_device_batch_compiled") else "estimated"
     duration = f"{s['hours']:.2f} h" if s["hours"] >= 1 else f"{s['hours'] * 60:.1f} min"
-    yield "parameters", f"{plan.params.total:,}", per_token
+    yield "parameters", f"{plan.params.total:,}", f"{plan.flops_per_token:.3e} FLOPs a token"
     yield "tokens", f"{plan.total_tokens:,}", steps
     usable = f"of {s['capacity_gib']} GiB that it may take; {batch}"
     yield "peak memory", f"{s['peak_gib']} GiB", usable

@@ -120,9 +120,6 @@ def main() -> None:
     sys.exit(1 if failures else 0)
 
 
-# --- the command line -----------------------------------------------------------------------------
-
-
 def read_command_line(args: Sequence[str]) -> tuple[Sweep, list[str]]:
     """The sweep, and the flags that are not its own."""
     joined: list[str] = []
@@ -178,9 +175,6 @@ def announce(runs: Sequence[Run]) -> dict[str, str]:
     for name, why in failures.items():
         say(f"{name} cannot be trained: {why}")
     return failures
-
-
-# --- what was found -------------------------------------------------------------------------------
 
 
 def conclude(sweep: Sweep, results: Sequence[RunResult], folder: Path) -> dict[str, Any]:

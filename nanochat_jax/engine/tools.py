@@ -73,7 +73,9 @@ def calculate(expression: str) -> int | float | None:
     if len(expression) > MAX_CHARS:
         return None
     source = _without_commas(expression).strip(" ")
-    if not _OUTSIDE_STRINGS.fullmatch(_STRING.sub("", source)) or _depth(source) > MAX_DEPTH:
+    # An upper bound on the syntax tree's depth: parentheses, and the longest run of signs.
+    depth = source.count("(") + max(map(len, re.findall(r"[+\- ]+", source)), default=0)
+    if not _OUTSIDE_STRINGS.fullmatch(_STRING.sub("", source)) or depth > MAX_DEPTH:
         return None
     try:
         result = _value(ast.parse(source, mode="eval").body, source)
@@ -88,12 +90,6 @@ def _without_commas(expression: str) -> str:
     parts = re.split(f"({_STRING.pattern})", expression)
     parts[::2] = [_THOUSANDS.sub(lambda m: m.group().replace(",", ""), p) for p in parts[::2]]
     return "".join(parts)
-
-
-def _depth(source: str) -> int:
-    """An upper bound of the syntax tree's depth: parentheses, and runs of signs."""
-    signs = max(map(len, re.findall(r"[+\- ]+", source)), default=0)
-    return source.count("(") + signs
 
 
 def _value(node: ast.expr, source: str) -> int | float:

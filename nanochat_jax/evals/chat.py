@@ -67,9 +67,6 @@ class ChatResult:
         }
 
 
-# --- categorical ----------------------------------------------------------------------------------
-
-
 def evaluate_categorical(
     scorer: Scorer,
     tokenizer: Tokenizer,
@@ -98,9 +95,6 @@ def letter_spans(tokenizer: Tokenizer, conversation: Conversation) -> list[Span]
             raise ValueError(f"the letter {letter!r} of a question is not one token but {tokens}")
         found.append(Span(np.array(prompt + tokens, np.int32), len(prompt)))
     return found
-
-
-# --- generative -----------------------------------------------------------------------------------
 
 
 def evaluate_generative(
@@ -132,9 +126,6 @@ def evaluate_generative(
     sampling = {"n_samples": n, **{name: getattr(sampler, name) for name in names}, "seed": seed}
     baseline = CHAT_CORE.get(task.name, 0.0)
     return ChatResult(task.name, task.kind, correct_QN, baseline, transcripts, sampling)
-
-
-# --- the report -----------------------------------------------------------------------------------
 
 
 def chat_json(results: Sequence[ChatResult]) -> dict[str, Any]:

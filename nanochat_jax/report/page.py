@@ -32,9 +32,6 @@ def write(content: Content, folder: Path, name: str = "report") -> tuple[Path, P
     return markdown, page
 
 
-# --- Markdown -------------------------------------------------------------------------------------
-
-
 def to_markdown(content: Content, now: str, page: str) -> str:
     """The same report without its curves, which `page` has."""
     parts = [f"# {content.title}", f"{content.subtitle} Written {now}; curves: [{page}]({page})."]
@@ -77,9 +74,6 @@ def _fenced(text: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}\n{text}\n{fence}"
-
-
-# --- HTML -----------------------------------------------------------------------------------------
 
 
 def to_html(content: Content, now: str) -> str:

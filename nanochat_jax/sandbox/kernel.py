@@ -20,8 +20,8 @@ OPEN_FILES, THREADS = 64, 64
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 NOBODY = 65534
 
-SET_SUBREAPER = 36
-_SET_DEATH_SIGNAL, _DROP_FROM_BOUNDS, _NO_NEW_PRIVILEGES = 1, 24, 38
+SET_SUBREAPER, NO_NEW_PRIVILEGES, SET_SECCOMP = 36, 38, 22  # for prctl
+_SET_DEATH_SIGNAL, _DROP_FROM_BOUNDS = 1, 24
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # system calls, on every architecture
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _PIVOT_ROOT, _CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(
@@ -167,7 +167,7 @@ def lock_files(visible: Sequence[str], interpreter: str) -> None:
     for path in _real(DEVICES):
         _allow(rules, path, 0b0110)
     _allow(rules, interpreter, 0b0101)
-    allow_no_new_privileges()
+    prctl(NO_NEW_PRIVILEGES, 1)
     _syscall("Landlock", _LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
 
@@ -210,11 +210,7 @@ def drop_capabilities() -> None:
     if _CAPSET is not None:
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         _syscall("capset", _CAPSET, header, none)
-    allow_no_new_privileges()
-
-
-def allow_no_new_privileges() -> None:
-    prctl(_NO_NEW_PRIVILEGES, 1)
+    prctl(NO_NEW_PRIVILEGES, 1)
 
 
 # --- calling --------------------------------------------------------------------------------------

@@ -96,7 +96,10 @@ def run(
         raise ValueError(
             f"a program needs time and at least 64 MiB, not {timeout_s} s and {memory_mib} MiB"
         )
-    how = _unsandboxed() if allow_unsandboxed and not _available()[0] else isolation()
+    if allow_unsandboxed and not _available()[0]:
+        how = Isolation("none", seccomp=_try("none") is None)
+    else:
+        how = isolation()
     return _run(how, program, timeout_s, memory_mib)
 
 
@@ -128,10 +131,6 @@ def _available() -> tuple[Isolation | None, str]:
 
 
 @cache
-def _unsandboxed() -> Isolation:
-    return Isolation("none", seccomp=_try("none") is None)
-
-
 def _try(backend: Backend) -> str | None:
     """None when a program runs with this backend and seccomp, else what prevents it."""
     if not sys.platform.startswith("linux"):

@@ -13,7 +13,7 @@ import platform
 import struct
 from functools import partial
 
-from nanochat_jax.sandbox.kernel import Refused, allow_no_new_privileges, prctl
+from nanochat_jax.sandbox.kernel import NO_NEW_PRIVILEGES, SET_SECCOMP, Refused, prctl
 
 # name:number on x86-64:number on aarch64
 _HARMLESS = """
@@ -67,7 +67,7 @@ _ALLOWED_COMMANDS = {
 }
 _COMMAND_ARGUMENT = {"fcntl": 1, "ioctl": 1, "prctl": 0}
 _CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020080  # a thread; any new namespace
-_SET_SECCOMP, _MODE_FILTER = 22, 2
+_MODE_FILTER = 2
 _NEWER_THAN_THIS_TABLE = 450  # a program expects "not implemented" from calls that may be missing
 
 Instructions = list[bytes]
@@ -81,12 +81,12 @@ def install(pid: int, interpreter: int, may_write: bool) -> None:
     """
     if platform.machine() not in _ARCHITECTURES or ctypes.sizeof(ctypes.c_void_p) != 8:
         raise Refused(f"seccomp: our table does not have the numbers of {platform.machine()}")
-    allow_no_new_privileges()
+    prctl(NO_NEW_PRIVILEGES, 1)
     program = b"".join(build(pid, interpreter, may_write))
     code = ctypes.create_string_buffer(program, len(program))
     count, address = len(program) // 8, ctypes.addressof(code)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", count, address))
-    prctl(_SET_SECCOMP, _MODE_FILTER, header)
+    prctl(SET_SECCOMP, _MODE_FILTER, header)
 
 
 def build(pid: int, interpreter: int, may_write: bool, machine: str | None = None) -> Instructions:
