@@ -59,10 +59,8 @@ class BatchedSamplingParams(NamedTuple):
     def empty(cls, rows: int) -> "BatchedSamplingParams":
         """Greedy for every row."""
         floats, ints = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
-        return cls(
-            floats, ints, floats + 1, floats.copy(), floats + 1, np.zeros((rows, 2), np.uint32),
-            ints.copy(),
-        )  # fmt: skip
+        seeds = np.zeros((rows, 2), np.uint32)
+        return cls(floats, ints, floats + 1, floats.copy(), floats + 1, seeds, ints.copy())
 
     def put(self, row: int, params: SamplingParams, sample: int) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):

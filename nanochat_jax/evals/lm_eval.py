@@ -65,8 +65,6 @@ class Harness:
         params = from_logical(self._params, self._mesh)
         self._scorer = Scorer(self._model, self._mesh, params, tokens_per_device=tokens_per_device)
 
-    # --- likelihoods ------------------------------------------------------------------------------
-
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log p in nats, and whether each token is the argmax.
 
@@ -113,8 +111,6 @@ class Harness:
             return self._chats[text]
         return [self._tokenizer.bos_id, *self._tokenizer.encode(text)]
 
-    # --- generation -------------------------------------------------------------------------------
-
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """The continuation of each (context, settings), up to the first of settings["until"]."""
         pairs = [request.args for request in requests]
@@ -150,8 +146,6 @@ class Harness:
         while scheduler.step():
             pass
         return [answer.text() for answer in answers]
-
-    # --- chats ------------------------------------------------------------------------------------
 
     @property
     def tokenizer_name(self) -> str:

@@ -54,12 +54,6 @@ class Timeline:
     def part(self, part: str) -> float:
         return sum(s for (where, _), s in self.seconds.items() if where == part)
 
-    def add(self, other: "Timeline", times: int) -> None:
-        for key, seconds in other.seconds.items():
-            self.seconds[key] += seconds * times
-        self.communication += other.communication * times
-        self.exposed += other.exposed * times
-
 
 def timeline(
     module: Module, gpu: Gpu, computation: str | None = None, part: str = OPTIMIZER
@@ -76,7 +70,10 @@ def timeline(
             launches = module.launches(event.body)
             is_model = any("jvp(" in kernel.op_name for kernel, _ in launches)
             body = timeline(module, gpu, event.body, MODEL if is_model else OPTIMIZER)
-            result.add(body, event.trips)
+            for key, seconds in body.seconds.items():
+                result.seconds[key] += seconds * event.trips
+            result.communication += body.communication * event.trips
+            result.exposed += body.exposed * event.trips
             now += body.total * event.trips
         elif isinstance(event, Wait):
             waited = max(0.0, ready.get(event.name, now) - now)
