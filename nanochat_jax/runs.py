@@ -200,7 +200,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # --- energy: NVML's counter, through the driver's library alone -----------------------------------
 
-JOULES_PER_KWH = 3.6e6
+MILLIJOULES_PER_KWH = 3.6e9
 
 
 def gpu_kwh() -> float | None:
@@ -209,11 +209,8 @@ def gpu_kwh() -> float | None:
     The difference of two readings is what was consumed between them. None where no GPU has a
     counter (there is no GPU, or it is older than Volta).
     """
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    count = ctypes.c_uint()
-    if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+    nvml, count = _nvml(), ctypes.c_uint()
+    if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return None
     millijoules = []
     for index in range(count.value):
@@ -222,7 +219,7 @@ def gpu_kwh() -> float | None:
         failed = failed or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy))
         if not failed:
             millijoules.append(energy.value)
-    return sum(millijoules) / 1000 / JOULES_PER_KWH if millijoules else None
+    return sum(millijoules) / MILLIJOULES_PER_KWH if millijoules else None
 
 
 @cache

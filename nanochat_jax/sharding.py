@@ -81,13 +81,9 @@ def with_shardings(shapes: Any, placed: Any) -> Any:
 # --- padding --------------------------------------------------------------------------------------
 
 
-def padded_size(size: int, n_devices: int) -> int:
-    return -(-size // n_devices) * n_devices
-
-
 def pad_axis(array: jax.Array, dim: int, n_devices: int) -> jax.Array:
     """The array with zeros appended along a dimension until the devices divide it."""
-    missing = padded_size(array.shape[dim], n_devices) - array.shape[dim]
+    missing = -array.shape[dim] % n_devices
     widths = [(0, missing * (d == dim)) for d in range(array.ndim)]
     return jnp.pad(array, widths) if missing else array
 

@@ -122,7 +122,8 @@ class Stream:
         texts: list[str] = []
         refs: list[tuple[int, int]] = []
         for visit, positions in state["buffer"]:
-            texts += self._blocks.pick(self._block_of(visit), positions)
+            block = (self._index + visit * self._layout.streams) % len(self._blocks)
+            texts += self._blocks.pick(block, positions)
             refs += [(visit, position) for position in positions]
         encoded = self._encode(texts)
         documents = [Document(*ref, *pair) for ref, pair in zip(refs, encoded, strict=True)]
@@ -132,9 +133,6 @@ class Stream:
                 "tokenizer and the shards that the run was started with"
             )
         self.packer.add(documents)
-
-    def _block_of(self, visit: int) -> int:
-        return (self._index + visit * self._layout.streams) % len(self._blocks)
 
     def _refill(self) -> list[Document]:
         if self._at_end_of_pass():

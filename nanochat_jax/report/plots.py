@@ -232,7 +232,7 @@ def _core(chains: Chains) -> Plot | None:
         for stage, of_stage in tasks
         if of_stage
     ]
-    caption = "Accuracy above guessing, of what is there to win: 0 is chance, 1 is perfect."
+    caption = "Accuracy above guessing: 0 is chance, 1 is perfect."
     return _bars(found, "CORE, task by task", "centred accuracy", caption)
 
 

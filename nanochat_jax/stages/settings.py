@@ -67,7 +67,7 @@ class TrainSettings(RunSettings):
     warmup_steps: int | None = None
     """Steps over which the learning rates rise (fine-tuning: 0)."""
     warmdown_ratio: float | None = None
-    """Share of the steps, at the end, over which they fall."""
+    """Share of the steps, at the end, over which they fall (mid-training 0.2; SFT 0.5 or 1.0)."""
     final_lr_frac: float | None = None
     """Where they end, as a share of their peak (fine-tuning: 0)."""
     grad_clip: float | None = None
@@ -142,8 +142,6 @@ class FinetuneConfig(TrainSettings):
     """Weight decay of Muon (2025: of AdamW)."""
     warmup_steps: int = 0
     """Steps over which the learning rates rise."""
-    warmdown_ratio: float | None = None
-    """Share of the steps, at the end, over which they fall (0.2; SFT 0.5, 2025: 1.0)."""
     final_lr_frac: float = 0.0
     """Where they end, as a share of their peak."""
     lr_frac: float | None = None

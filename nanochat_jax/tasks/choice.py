@@ -33,8 +33,8 @@ def _asked(rng: random.Random, key: str, question: str, right: str) -> Example:
     choices = [right, *_others(rng, f"{question} {right}")]
     rng.shuffle(choices)
     answer = LETTERS[choices.index(right)]
-    asked = multiple_choice(question, LETTERS, choices)
-    return Example(key, exchange(asked, answer, letters=LETTERS))
+    choice = exchange(multiple_choice(question, LETTERS, choices), answer, letters=LETTERS)
+    return Example(key, choice)
 
 
 def _words_of(sentence: str) -> list[str]:
@@ -42,8 +42,7 @@ def _words_of(sentence: str) -> list[str]:
 
 
 def _candidates(sentence: str) -> list[str]:
-    """Words that may be asked for; not the first, which has a capital letter."""
-    words = _words_of(sentence)[1:]
+    words = _words_of(sentence)[1:]  # the first has a capital letter
     return [word for word in words if len(word) >= MIN_LETTERS] or [max(words, key=len)]
 
 

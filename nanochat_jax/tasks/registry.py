@@ -71,10 +71,6 @@ MADE_HERE: dict[str, Callable[[str, int | None], Task]] = {
 JSON = "json:"
 
 
-def task_names() -> list[str]:
-    return [*FROM_HUB, *OF_WORDS, "identity", *MADE_HERE, f"{JSON}PATH"]
-
-
 def make_task(
     name: str,
     split: str = "train",
@@ -113,7 +109,8 @@ def source_of(name: str, split: str) -> Source | None:
         return HUB_TASKS[name].split(name, split)
     splits = ("train",) if name == "identity" or name.startswith(JSON) else SPLITS
     if name not in OF_WORDS and name not in MADE_HERE and splits == SPLITS:
-        raise ValueError(f"there is no task {name!r}; there are {', '.join(task_names())}")
+        known = (*FROM_HUB, *OF_WORDS, "identity", *MADE_HERE, f"{JSON}PATH")
+        raise ValueError(f"there is no task {name!r}; there are {', '.join(known)}")
     if split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}")
     if name == "identity":
