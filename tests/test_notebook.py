@@ -168,7 +168,7 @@ def write_bundle(folder: Path) -> None:
         for name, kind in (("options", "multiple_choice"), ("continues", "language_modeling"))
     ]
     (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
-    baselines = "Eval Task,Random baseline\noptions,33\ngoes_on,0\n"
+    baselines = "Eval Task,Random baseline\noptions,33\ncontinues,0\n"
     (folder / "eval_meta_data.csv").write_text(baselines)
     (folder / "gpt2.csv").write_text("Task,Accuracy,Centered\noptions,0.5,0.25\nCORE,,0.25\n")
 

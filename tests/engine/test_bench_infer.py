@@ -1,29 +1,18 @@
 """bench_infer as a person starts it, on the smallest model; and what its speed rests on."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 from random_model import random_model
 
 from nanochat_jax.engine.engine import make_engine
 from nanochat_jax.planner import hlo
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_infer.py"
 
-
-def test_the_last_line_holds_what_was_measured(tmp_path):
+def test_the_last_line_holds_what_was_measured(tiny_base, monkeypatch, call):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tiny_base))
     flags = ("--depth=2", "--vocab-size=300", "--max-seq-len=64", "--prompt-tokens=20")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *flags, "--new-tokens=8", "--batch-sizes=1,3", "--repeats=2"],
-        env={"NANOCHAT_BASE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu", "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    output = call("bench_infer.py", *flags, "--new-tokens=8", "--batch-sizes=1,3", "--repeats=2")
+    result = json.loads(output.splitlines()[-1])
     wanted = ("loop_tokens_per_s", "step_tokens_per_s", "loop_over_step", "ttft_ms", "peak_gib")
     assert all(result[key] > 0 for key in wanted)
     assert result["loop_tokens_per_s"] == result["rows"][0]["tokens_per_s"]

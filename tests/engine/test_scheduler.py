@@ -2,7 +2,7 @@
 
 import base64
 import threading
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import jax
@@ -13,6 +13,7 @@ from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_model
+from reference import generate
 
 from nanochat_jax.engine.engine import Engine, make_engine
 from nanochat_jax.engine.requests import Finished, Full, Request, Token
@@ -21,7 +22,6 @@ from nanochat_jax.engine.scheduler import Scheduler
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tests.engine.reference import generate
 
 GREEDY = SamplingParams(temperature=0)
 MODEL = random_model(sequence_len=192)
@@ -373,26 +373,38 @@ class Script:
     script_R: jax.Array
 
 
-def scripted_engine(scripts, prompt_length: int, vocab_size: int, slots: int) -> Engine:
-    longest = max(map(len, scripts))
-    table = np.array([[*script, *[0] * (longest - len(script))] for script in scripts])
+LONGEST_SCRIPT = 128
+
+
+@cache
+def scripted_programs(vocab_size: int, slots: int) -> Engine:
+    """Compiled once for all scripts: these are its weights."""
 
     def extend(weights, cache, tokens_RT, counts_R):
+        table, prompt_length = weights
         lengths_R = cache.lengths_R + counts_R
-        step_R = jnp.clip(lengths_R - prompt_length, 0, longest - 1)
-        tokens_R = weights[cache.script_R, step_R]
+        step_R = jnp.clip(lengths_R - prompt_length, 0, LONGEST_SCRIPT - 1)
+        tokens_R = table[cache.script_R, step_R]
         new = Script(lengths_R, cache.last_R, cache.script_R)
         return jax.nn.one_hot(tokens_R, vocab_size) * 10.0, new
 
     def empty(rows):
         zeros = jnp.zeros(rows, jnp.int32)
-        return Script(zeros, zeros, jnp.arange(rows, dtype=jnp.int32) % len(scripts))
+        return Script(zeros, zeros, jnp.arange(rows, dtype=jnp.int32))
 
-    engine = Engine(
-        extend, jnp.asarray, empty, vocab_size=vocab_size, capacity=10**4,
+    return Engine(
+        extend, partial(jax.tree.map, jnp.asarray), empty, vocab_size=vocab_size, capacity=10**4,
         can_rewind=lambda length, start: False, n_slots=slots, chunk=5,
     )  # fmt: skip
-    engine.load_weights(table)
+
+
+def scripted_engine(scripts, prompt_length: int, vocab_size: int, slots: int) -> Engine:
+    """One script a row; after its end it says 0, or the last token of the longest one."""
+    longest = max(map(len, scripts))
+    table = [[*script, *[0] * (longest - len(script))] for script in scripts]
+    engine = scripted_programs(vocab_size, slots)
+    edge = ((0, 0), (0, LONGEST_SCRIPT - longest))
+    engine.load_weights((np.pad(np.array(table, np.int32), edge, mode="edge"), prompt_length))
     return engine
 
 
