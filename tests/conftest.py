@@ -30,6 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compiling is most of the time these tests take: a quarter of it goes with LLVM's expensive passes.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # the scripts', too: they share the programs
 # Programs compiled by an earlier run of the tests are used again.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
