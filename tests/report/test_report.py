@@ -19,7 +19,7 @@ from nanochat_jax.report.chain import read_chain, read_stage, scores, summary, t
 from nanochat_jax.report.content import Cell, SourceText, Table, build
 from nanochat_jax.report.page import to_html, write
 from nanochat_jax.report.plots import plots
-from nanochat_jax.runs import Meter, Tracker, record, record_evaluation
+from nanochat_jax.runs import Meter, Tracker, read_metrics, record, record_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert(1)</script> & \"quotes\" ``` | 'x'"
@@ -403,3 +403,13 @@ def test_the_script_writes_both_and_speaks_to_people(tmp_path, monkeypatch):
     assert (tmp_path / "reports" / "d20-d21.html").is_file()
     with pytest.raises(SystemExit, match=r"^error: there is no run in"):
         script("nothing")
+
+
+def test_the_report_of_a_run_that_scripts_made(tiny_copy, call):
+    call("report.py", "chat")
+    folder = tiny_copy / "runs" / "chat"
+    written = (folder / "report.md").read_text(encoding="utf-8")
+    for stage in ("base", "chat"):
+        last = [r for r in read_metrics(tiny_copy / "runs" / stage) if r["kind"] == "val"][-1]
+        assert f"{last['bpb']:.4f}" in written
+    assert (folder / "report.html").stat().st_size > 10_000

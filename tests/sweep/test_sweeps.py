@@ -5,6 +5,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from script_runs import ROOT, Script, finish, make_base, n_train_records, wait_for
+from script_runs import ROOT, Script, finish, n_train_records, wait_for
 
 from nanochat_jax.config import parse
 from nanochat_jax.stages.settings import PretrainConfig
@@ -300,9 +301,9 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory) -> Script:
-    base = tmp_path_factory.mktemp("sweep")
-    make_base(base)
+def sweep(tiny_base, tmp_path_factory) -> Script:
+    base = tmp_path_factory.mktemp("sweep") / "base"
+    shutil.copytree(tiny_base, base, symlinks=True, ignore=shutil.ignore_patterns("runs"))
     return Script(base, "sweep.py", {})
 
 
