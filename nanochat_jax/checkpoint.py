@@ -233,12 +233,13 @@ def choose_step(checkpoints: Checkpoints, step: int | str | None) -> int:
     steps = checkpoints.steps()
     if not steps:
         raise ValueError(f"{checkpoints.folder} holds no finished checkpoint")
-    named = {"None": steps[-1], "last": steps[-1], "best": checkpoints.best() or steps[-1]}
+    wanted = "last" if step is None else str(step)
+    named = {"last": steps[-1], "best": checkpoints.best() or steps[-1]}
     named |= {str(number): number for number in steps}
-    if str(step) not in named:
+    if wanted not in named:
         listed = ", ".join(map(str, steps))
         raise ValueError(f"{checkpoints.folder} has no step {step}; it has {listed}, last and best")
-    return named[str(step)]
+    return named[wanted]
 
 
 def model_meta(config: GPTConfig) -> dict[str, Any]:

@@ -28,8 +28,10 @@ from nanochat_jax.data.shards import list_shards
 from nanochat_jax.data.text import train_loader
 from nanochat_jax.devices import peak_flops
 from nanochat_jax.distributed import provenance, start
+from nanochat_jax.gpt import make_model
+from nanochat_jax.optim import OptimConfig, make_optimizer
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.stages.pretraining import build, decide
+from nanochat_jax.stages.pretraining import decide
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 from nanochat_jax.train import init_state, make_train_step, put_batch
@@ -82,11 +84,11 @@ class TrainBench:
             device_batch_size=config.device_batch_size,
             total_batch_size=self.tokens,
             num_iterations=1000,
-            dtype=config.dtype,
-            attention=config.attention,
         )
         self.plan = decide(wanted, config.vocab_size, self.mesh.size)
-        self.model, optimizer, _ = build(wanted, self.plan)
+        self.model = make_model(self.plan.config, config.dtype, config.attention)
+        optim_config = OptimConfig.from_plan(self.plan)
+        optimizer = make_optimizer(self.plan.config, optim_config, self.model.dtype)
         self.state = init_state(self.model, optimizer, self.mesh, jax.random.key(0))
         step = make_train_step(self.model, optimizer, self.mesh, self.plan.settings.grad_clip)
         began = time.perf_counter()

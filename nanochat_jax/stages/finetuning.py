@@ -30,7 +30,7 @@ from nanochat_jax.data.loader import RowLoader, choose_streams
 from nanochat_jax.distributed import say
 from nanochat_jax.evals.generation import QUESTIONS
 from nanochat_jax.gpt import make_model
-from nanochat_jax.optim import OptimConfig, make_optimizer, restart_schedules
+from nanochat_jax.optim import OptimConfig, restart_schedules
 from nanochat_jax.runs import read_metrics
 from nanochat_jax.scaling import count_flops_per_token, grad_accumulation
 from nanochat_jax.sharding import from_logical, make_mesh
@@ -133,7 +133,6 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
         tokenizer=tokenizer,
         mesh=mesh,
         optim_config=optim_config,
-        optimizer=make_optimizer(gpt_config, optim_config, model.dtype),
         num_steps=steps,
         tokens_per_step=total_batch_size,
         flops_per_token=count_flops_per_token(gpt_config),
@@ -171,7 +170,7 @@ def finetune_optimizer(
     source: Source, config: FinetuneConfig, num_iterations: int, momentum_start: float
 ) -> OptimConfig:
     """The source's optimizer with another schedule; in 2026 its rates follow the batch."""
-    then = OptimConfig(**source.meta["identity"]["optimizer"])
+    then = source.optim_config
     growth = (config.total_batch_size / source.meta["plan"]["total_batch_size"]) ** 0.5
     own = {f.name for f in fields(OptimConfig)} & {f.name for f in fields(config)}
     asked = {name: getattr(config, name) for name in own if getattr(config, name) is not None}

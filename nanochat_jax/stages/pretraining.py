@@ -1,7 +1,7 @@
 """Pretraining: a configuration becomes a run, from the dial to the last checkpoint.
 
-scripts/pretrain.py is the command line of `pretrain`. `decide` and `build` make exactly the model,
-optimizer and step that it trains, for whatever wants to look at them without training.
+scripts/pretrain.py is the command line of `pretrain`. `decide` makes the plan of a run
+for whatever wants to look at one without training.
 """
 
 import sys
@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -19,8 +18,8 @@ from nanochat_jax import scaling
 from nanochat_jax.data.loader import RowLoader, choose_streams
 from nanochat_jax.data.shards import Shards, list_shards
 from nanochat_jax.data.text import train_loader
-from nanochat_jax.gpt import GPT, make_model
-from nanochat_jax.optim import OptimConfig, make_optimizer
+from nanochat_jax.gpt import make_model
+from nanochat_jax.optim import OptimConfig
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages.loop import run
 from nanochat_jax.stages.settings import PretrainConfig
@@ -55,22 +54,13 @@ def decide(config: PretrainConfig, vocab_size: int, n_devices: int) -> scaling.P
     )
 
 
-def build(
-    config: PretrainConfig, plan: scaling.Plan
-) -> tuple[GPT, optax.GradientTransformation, OptimConfig]:
-    """The model and the optimizer of a plan, as they are trained on this machine's devices."""
-    model = make_model(plan.config, config.dtype, config.attention)
-    optim_config = OptimConfig.from_plan(plan)
-    return model, make_optimizer(plan.config, optim_config, model.dtype), optim_config
-
-
 def make_stage(config: PretrainConfig) -> "PretrainStage":
     """Reads and decides all that the run needs; ValueErrors say what is missing."""
     tokenizer = Tokenizer.load(tokenizer_folder(config.tokenizer))
     shards = list_shards(config.dataset)
     mesh = make_mesh(config.n_devices)
     plan = decide(config, tokenizer.vocab_size, mesh.size)
-    model, optimizer, optim_config = build(config, plan)
+    model = make_model(plan.config, config.dtype, config.attention)
     rows = plan.total_batch_size // plan.config.sequence_len
     streams = choose_streams(jax.process_count(), rows, config.data_streams)
     return PretrainStage(
@@ -84,8 +74,7 @@ def make_stage(config: PretrainConfig) -> "PretrainStage":
         model=model,
         tokenizer=tokenizer,
         mesh=mesh,
-        optim_config=optim_config,
-        optimizer=optimizer,
+        optim_config=OptimConfig.from_plan(plan),
         num_steps=plan.num_iterations,
         tokens_per_step=plan.total_batch_size,
         flops_per_token=plan.flops_per_token,

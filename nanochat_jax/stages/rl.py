@@ -28,7 +28,7 @@ from nanochat_jax.evals.generation import (
     rewards_of,
 )
 from nanochat_jax.gpt import Params, make_model
-from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
+from nanochat_jax.optim import OptimConfig, lr_multiplier
 from nanochat_jax.runs import cut_metrics
 from nanochat_jax.sharding import make_mesh, own_mesh
 from nanochat_jax.stages import policy
@@ -75,7 +75,6 @@ def make_stage(config: RlConfig) -> "RLStage":
         tokenizer=tokenizer,
         mesh=mesh,
         optim_config=optim_config,
-        optimizer=make_optimizer(source.gpt_config, optim_config, model.dtype),
         num_steps=num_steps,
         defer_metrics=False,
         source=source,
@@ -105,7 +104,7 @@ def make_tasks(config: RlConfig) -> tuple[Task, Task]:
 def rl_optimizer(source: Source, config: RlConfig, num_steps: int) -> OptimConfig:
     """The source's learning rates, which are its base model's, with this stage's schedule."""
     return replace(
-        OptimConfig(**source.meta["identity"]["optimizer"]),
+        source.optim_config,
         num_iterations=num_steps * config.updates,
         lr_frac=config.lr_frac,
         warmup_steps=0,
@@ -139,19 +138,18 @@ class RLStage(Stage):
     def fingerprint(self) -> dict[str, Any]:
         return {
             **super().fingerprint(),
-            "objective": self._settings(field.name for field in fields(Objective)),
+            "objective": self._objective(),
             "updates": self.config.updates,
             "answers": self._settings(SAMPLING_SETTINGS),
             "task": {"name": self.config.task, "questions": len(self.train_task)},
         }
 
     def plan_record(self) -> dict[str, Any]:
-        fingerprint = self.fingerprint()
-        return {
-            "num_iterations": self.num_steps,
-            **fingerprint["objective"],
-            **fingerprint["answers"],
-        }
+        sampling = self._settings(SAMPLING_SETTINGS)
+        return {"num_iterations": self.num_steps, **self._objective(), **sampling}
+
+    def _objective(self) -> dict[str, Any]:
+        return self._settings(field.name for field in fields(Objective))
 
     def _settings(self, names) -> dict[str, Any]:
         return {name: getattr(self.config, name) for name in names}
@@ -165,8 +163,8 @@ class RLStage(Stage):
         )
         if (config.eval_task or config.task) == config.task and config.task.startswith(JSON):
             say("measured on the same questions, as a file has no test part; see --eval-task")
-        objective = self._settings(field.name for field in fields(Objective))
-        say(", ".join(f"{name} {value}" for name, value in objective.items() if value is not None))
+        objective = self._objective().items()
+        say(", ".join(f"{name} {value}" for name, value in objective if value is not None))
         self.say_devices()
 
     def try_it(self) -> str:

@@ -29,7 +29,7 @@ from nanochat_jax.engine.engine import Engine
 from nanochat_jax.evals.bits_per_byte import evaluate
 from nanochat_jax.evals.generation import PROMPTS, SAMPLING, complete, completion_engine
 from nanochat_jax.gpt import GPT, GPTConfig, Params
-from nanochat_jax.optim import OptimConfig, lr_multiplier
+from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
 from nanochat_jax.runs import TOKENIZER_FOLDER, default_run, run_folder
 from nanochat_jax.stages.settings import RunSettings, TrainSettings
 from nanochat_jax.tokenizer import Tokenizer
@@ -61,6 +61,10 @@ class Source:
     def gpt_config(self) -> GPTConfig:
         return GPTConfig(**self.meta["model"])
 
+    @property
+    def optim_config(self) -> OptimConfig:
+        return OptimConfig(**self.meta["identity"]["optimizer"])
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
@@ -75,7 +79,6 @@ class Stage:
     tokenizer: Tokenizer
     mesh: Mesh
     optim_config: OptimConfig
-    optimizer: optax.GradientTransformation
     num_steps: int
     tokens_per_step: int | None = None  # None: it varies, the metrics of a step have "tokens"
     flops_per_token: float = 0.0  # 0: no MFU
@@ -85,6 +88,11 @@ class Stage:
     @cached_property
     def folder(self) -> Path:
         return run_folder(self.config.run)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax chain; made once, since compiled programs and shapes are cached by it."""
+        return make_optimizer(self.model.config, self.optim_config, self.model.dtype)
 
     @cached_property
     def peak_flops(self) -> float | None:
