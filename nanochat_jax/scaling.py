@@ -7,7 +7,7 @@ nothing.
 The 2026 rules: tokens in proportion to the parameters (Chinchilla, arXiv 2203.15556), batch ∝
 tokens^0.383 (Power Lines, arXiv 2505.13738), learning rates ∝ sqrt(batch), weight decay so that
 batch / (lr · decay · tokens) stays constant (arXiv 2405.13698). All are anchored at depth 12, where
-the numbers were tuned.
+the numbers were tuned. The rates of batches below 32,768 tokens, as a CPU takes, are our own rule.
 """
 
 import math
@@ -18,6 +18,10 @@ from nanochat_jax.gpt import SMEAR_CHANNELS, GPTConfig, parameter_table
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens; the best batch found at REFERENCE_DEPTH
+# Below so many tokens a step the square root makes rates several times too small; the best scale
+# no longer depends on the batch there (measured at 1,024 to 16,384 tokens a step: LOG.md).
+SMALL_BATCH = 2**15
+SMALL_BATCH_LR_SCALE = 0.5
 BATCH_EXPONENT = 0.383
 
 
@@ -183,7 +187,7 @@ def plan(
         target_tokens=target_tokens,
         reference_tokens=reference,
         total_batch_size=batch,
-        batch_lr_scale=(batch / REFERENCE_BATCH) ** 0.5 if reference else 1.0,
+        batch_lr_scale=_batch_lr_scale(batch) if reference else 1.0,
         weight_decay_scaled=_scaled_weight_decay(settings, batch, target_tokens, reference),
         num_iterations=steps,
         length_rule=length_rule,
@@ -323,6 +327,11 @@ def _reference_tokens(recipe: str, settings: Recipe, depth: int, width: int) -> 
     return settings.target_param_data_ratio * count_scaling_params(reference)
 
 
+def _batch_lr_scale(batch: int) -> float:
+    """What the 2026 recipe multiplies every learning rate by, for a step of so many tokens."""
+    return SMALL_BATCH_LR_SCALE if batch < SMALL_BATCH else (batch / REFERENCE_BATCH) ** 0.5
+
+
 def _scaled_weight_decay(
     settings: Recipe, batch: int, target_tokens: int, reference_tokens: float | None
 ) -> float:
@@ -426,6 +435,8 @@ def _explain_rates(plan: Plan) -> list[tuple[str, str, str]]:
     settings, scale = plan.settings, plan.batch_lr_scale
     width = (plan.config.n_embd / 768) ** -0.5
     rule = f"sqrt(batch / {REFERENCE_BATCH:,})" if plan.recipe == "2026" else "not scaled"
+    if plan.recipe == "2026" and plan.total_batch_size < SMALL_BATCH:
+        rule = f"for a batch below {SMALL_BATCH:,} tokens"
     decay = (
         f"{settings.weight_decay:g} × sqrt(batch / {REFERENCE_BATCH:,}) × tokens of d12 / tokens"
     )

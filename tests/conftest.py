@@ -100,7 +100,7 @@ def call(monkeypatch, capsys):
 TINY_STEPS = 6
 # The rates are high enough for a few steps to teach something.
 TINY_BASE = """--run=base --dataset=tiny --tokenizer=tiny --depth=2 --n-embd=32 --n-head=2
-    --max-seq-len=256 --total-batch-size=1024 --matrix-lr=0.5 --embedding-lr=3.0
+    --max-seq-len=256 --total-batch-size=1024 --matrix-lr=0.044 --embedding-lr=0.27
     --unembedding-lr=0.08 --warmup-steps=2"""
 TINY_CHAT = "--run=chat --source=base --tasks=arithmetic[60]"
 TINY = """--num-iterations=6 --device-batch-size=4 --save-every=3 --eval-every=3 --eval-tokens=2048

@@ -155,6 +155,10 @@ def test_explanations_hold_what_decided():
     assert "^0.383" in d24["batch"][1]
     assert d24["windows"] == ("512, 2048", "pattern SSSL, last layer L")
     assert d24["lr scale"] == ("1.4142", "sqrt(batch / 524,288)")
+    small = {
+        name: row for name, *row in explain(plan(4, total_batch_size=2**13, device_batch_size=4))
+    }
+    assert small["lr scale"] == ["0.5000", "for a batch below 32,768 tokens"]
 
 
 def test_overrides_reach_the_plan():

@@ -42,7 +42,7 @@ def base(tiny_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finetuning") / "base"
     shutil.copytree(tiny_base, folder, symlinks=True, ignore=shutil.ignore_patterns("chat"))
     shape = {"recipe": "2025", "depth": 2, "n_embd": 32, "n_head": 2, "max_seq_len": 256}
-    rates = {"matrix_lr": 0.02, "embedding_lr": 3.0, "unembedding_lr": 0.08, "warmup_steps": 2}
+    rates = {"matrix_lr": 0.0025, "embedding_lr": 0.4, "unembedding_lr": 0.01, "warmup_steps": 2}
     data = {"dataset": "tiny", "tokenizer": "tiny", "total_batch_size": 2048}
     how = {"device_batch_size": 4, "num_iterations": BASE_STEPS, "eval_every": 0, "n_devices": 1}
     with pytest.MonkeyPatch.context() as patch:
