@@ -20,6 +20,7 @@ from nanochat_jax.data.shards import Shards, list_shards
 from nanochat_jax.data.text import train_loader
 from nanochat_jax.gpt import make_model
 from nanochat_jax.optim import OptimConfig
+from nanochat_jax.runs import read_meta, run_folder
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages.loop import run
 from nanochat_jax.stages.settings import PretrainConfig
@@ -59,7 +60,11 @@ def make_stage(config: PretrainConfig) -> "PretrainStage":
     tokenizer = Tokenizer.load(tokenizer_folder(config.tokenizer))
     shards = list_shards(config.dataset)
     mesh = make_mesh(config.n_devices)
+    config = replace(config, run=config.run or f"d{config.depth}")
     plan = decide(config, tokenizer.vocab_size, mesh.size)
+    if config.resume and (begun := read_meta(run_folder(config.run)).get("plan")):
+        # The dial may have learned since the run began: it goes on with the rates it began with.
+        plan = replace(plan, batch_lr_scale=begun["batch_lr_scale"])
     model = make_model(plan.config, config.dtype, config.attention)
     rows = plan.total_batch_size // plan.config.sequence_len
     streams = choose_streams(jax.process_count(), rows, config.data_streams)
@@ -67,7 +72,6 @@ def make_stage(config: PretrainConfig) -> "PretrainStage":
         name="pretrain",
         config=replace(
             config,
-            run=config.run or f"d{config.depth}",
             dtype=cast(Any, np.dtype(model.dtype).name),
             data_streams=streams,
         ),

@@ -222,6 +222,18 @@ def test_a_changed_run_is_not_continued(here, base, whole, settings, message):
     assert Script(base, "pretrain.py", SETTINGS).trace("whole") == whole
 
 
+def test_a_run_begun_under_an_older_dial_goes_on_with_its_rates(here, script, monkeypatch):
+    short = {"run": "older", "num_iterations": 2, "eval_every": 0, "save_every": 1}
+    with monkeypatch.context() as older:
+        older.setattr("nanochat_jax.scaling.SMALL_BATCH", 0)
+        assert pretrain(config(**short)) == 0
+    shutil.rmtree(script.folder("older") / "checkpoints" / "2")
+    began = make_stage(config(**short, resume=True)).optim_config
+    assert began.batch_lr_scale == (1024 / 2**19) ** 0.5
+    assert pretrain(config(**short, resume=True)) == 0
+    assert script.steps("older") == {"1", "2"}
+
+
 def test_overwrite_starts_again_and_samples_are_kept(here, script, whole):
     folder = script.folder("again")
     shutil.copytree(script.folder("whole"), folder)
