@@ -46,6 +46,11 @@ DESCRIPTION_FILE = "tokenizer.json"
 MAX_SPACE = 50_000
 LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE},}}+")
 
+
+class ConversationError(ValueError):
+    """A conversation that has no form in the chat format."""
+
+
 type TrainProgress = Callable[[str, int, int], object]
 
 
@@ -229,8 +234,8 @@ class Tokenizer:
         """Ids of {"messages": […]} and a mask of equal length, 1 where tokens are supervised.
 
         These are the assistant's text, its calls of Python with their markers, and
-        <|assistant_end|>, but not Python's output. Both are cut to `max_tokens`. ValueError names
-        the message at fault.
+        <|assistant_end|>, but not Python's output. Both are cut to `max_tokens`. ConversationError
+        names the message at fault.
         """
         ids, mask = [self.bos_id], [0]
         for message in _merge_system(*split_system(conversation)):
@@ -338,10 +343,10 @@ def split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapp
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0).get("content")
         if not isinstance(system, str):
-            raise ValueError("the content of a system message must be a string")
+            raise ConversationError("the content of a system message must be a string")
     if not messages:
         found = "only a system message" if system is not None else "no message"
-        raise ValueError(f"the conversation has {found}; it needs a message of the user")
+        raise ConversationError(f"the conversation has {found}; it needs a message of the user")
     for index, message in enumerate(messages):
         _check_message(message, index % 2 == 0, f"message {index + (system is not None)}")
     return system, messages
@@ -351,10 +356,12 @@ def _messages(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A copy of the list of messages, each checked to have a role."""
     messages = conversation.get("messages")
     if not isinstance(messages, list | tuple):
-        raise ValueError('a conversation has a list of messages: {"messages": [{"role": "user", …')
+        raise ConversationError(
+            'a conversation has a list of messages: {"messages": [{"role": "user", …'
+        )
     for index, message in enumerate(messages):
         if not (isinstance(message, Mapping) and "role" in message):
-            raise ValueError(f"message {index} has no role")
+            raise ConversationError(f"message {index} has no role")
     return list(messages)
 
 
@@ -362,25 +369,29 @@ def _check_message(message: Mapping[str, Any], is_users_turn: bool, where: str) 
     expected = "user" if is_users_turn else "assistant"
     role, content = message["role"], message.get("content")
     if role != expected:
-        raise ValueError(f"{where} is the {role}'s where the {expected}'s turn is")
+        raise ConversationError(f"{where} is the {role}'s where the {expected}'s turn is")
     if isinstance(content, str):
         return
     if is_users_turn:
-        raise ValueError(f"the content of {where}, the user's, must be a string")
+        raise ConversationError(f"the content of {where}, the user's, must be a string")
     if not isinstance(content, list):
         kind = type(content).__name__
-        raise ValueError(f"the content of {where} must be a string or a list of parts, not {kind}")
+        raise ConversationError(
+            f"the content of {where} must be a string or a list of parts, not {kind}"
+        )
     for part in content:
         _check_part(part, where)
 
 
 def _check_part(part: Any, where: str) -> None:
     if not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
-        raise ValueError(f"{where} has a part without a text")
+        raise ConversationError(f"{where} has a part without a text")
     known = ("text", *_MARKED_PARTS)
     if part.get("type") not in known:
         kind = part.get("type")
-        raise ValueError(f"{where} has a part of type {kind!r}; known are {', '.join(known)}")
+        raise ConversationError(
+            f"{where} has a part of type {kind!r}; known are {', '.join(known)}"
+        )
 
 
 def _merge_system(

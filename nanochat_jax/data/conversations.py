@@ -7,7 +7,8 @@
 As with text (loader.py), conversations are divided among a fixed number S of logical streams:
 stream s takes the conversations s, s+S, s+2S, … of their endless repetition and fills rows
 s·R/S … (s+1)·R/S−1 of each step of R rows. So rows depend only on the conversations, R, T and S,
-and a stream resumes exactly from the number of its next conversation and those of its buffer.
+and a stream resumes exactly from the number of its next conversation and those of its buffer. A
+stream that finds nothing to learn in its part of them goes on to the parts of the others.
 
 A conversation longer than a row is cut after the last answer that fits, or dropped. Rows of a
 stream without supervised tokens are skipped, so every step has something to learn. All of it is
@@ -18,6 +19,7 @@ Shapes: R rows, T time, C the counts of COUNTS.
 
 import hashlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +30,7 @@ import numpy as np
 
 from nanochat_jax.data.loader import Layout, PackedRowsDataset, RowLoader
 from nanochat_jax.data.packing import FitBuffer
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tokenizer import ConversationError, Tokenizer
 
 COUNTS = ("padding", "dropped", "cut", "skipped")  # tokens, conversations, conversations, rows
 PADDING, DROPPED, CUT, SKIPPED = range(len(COUNTS))
@@ -75,7 +77,9 @@ EMPTY = Rendered(np.zeros(0, np.int32), np.zeros(0, bool))
 class RenderedDataset:
     """The conversations of `tasks` as tokens for a packing: random access from any thread.
 
-    `render` gives ids and mask of a conversation, `end_id` ends each answer in the ids.
+    `render` gives ids and mask of a conversation, `end_id` ends each answer in the ids. A
+    conversation of which it raises a ConversationError is left out; one that cannot be read ends
+    the run with a ValueError.
     """
 
     def __init__(
@@ -92,9 +96,10 @@ class RenderedDataset:
 
     def __getitem__(self, i: int) -> Rendered:
         i = int(i)
+        conversation = self._read(i)
         try:
-            ids, mask = self._render(self._tasks[i])
-        except ValueError as error:
+            ids, mask = self._render(conversation)
+        except ConversationError as error:
             if not self._has_warned:
                 log.warning("%s is left out: %s", self._tasks.where(i), error)
             self._has_warned = True
@@ -103,6 +108,34 @@ class RenderedDataset:
         if self.packing == "stream":
             return Rendered(tokens, np.ones_like(is_learned))
         return cut_to_row(tokens, is_learned, self.row_len, self._end_id)
+
+    def _read(self, i: int) -> Any:
+        """What cannot be read is no conversation to leave out: all others may be lost with it."""
+        try:
+            return self._tasks[i]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._tasks.where(i)} cannot be read: {error}") from error
+
+
+class StreamPart:
+    """What a stream takes, by visit: its own part again and again, or all parts in turn."""
+
+    def __init__(self, source: RenderedDataset, index: int, streams: int) -> None:
+        self._source, self._index, self._streams = source, index, streams
+        self._parts = math.gcd(len(source), streams)  # different ones
+        self.length = len(source) // self._parts
+        self.takes_all = False
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, visit: int) -> Rendered:
+        return self._source[self.number(visit)]
+
+    def number(self, visit: int) -> int:
+        """The number of the `visit`-th conversation, from 0."""
+        other = int(visit) // self.length % self._parts if self.takes_all else 0
+        return (self._index + other + int(visit) * self._streams) % len(self._source)
 
 
 def render_tasks(
@@ -244,6 +277,7 @@ class ConversationState:
     held: tuple[int, ...]
     offset: int
     tokens: int  # of those held: detects other conversations or another tokenizer
+    fruitful: bool  # whether the stream's own part has something to learn, as far as it is known
 
     def __deepcopy__(self, memo: dict) -> "ConversationState":
         return self  # immutable; grain copies the state of every step
@@ -257,18 +291,20 @@ class ConversationStream:
 
     def __init__(
         self,
-        index: int,
         layout: Layout,
         source: RenderedDataset,
+        part: StreamPart,
         rendered: grain.DatasetIterator,
         pad_id: int,
     ) -> None:
-        self._index, self._layout, self._source = index, layout, source
+        self._layout, self._source, self._part = layout, source, part
         self._rendered, self._pad_id = rendered, pad_id
         self.cut, self.dropped = set[int](), set[int]()  # distinct ones, over all epochs
-        self._start(0)
+        self._start(0, is_fruitful=False)
 
-    def _start(self, visit: int) -> None:
+    def _start(self, visit: int, is_fruitful: bool) -> None:
+        self._is_fruitful = is_fruitful
+        self._part.takes_all = visit >= self._part.length and not is_fruitful
         self._next = visit
         self._rendered.set_state({"next_index": visit})
         self._counts = np.zeros(len(COUNTS), np.int32)
@@ -307,9 +343,7 @@ class ConversationStream:
     def _take(self) -> Buffered:
         """The next conversation that is not dropped."""
         for _ in range(len(self._source)):
-            rendered = next(self._rendered)
-            number = self._number(self._next)
-            self._next += 1
+            rendered, number = self._read_next()
             if rendered.is_cut:
                 self._counts[CUT] += 1
                 self.cut.add(number)
@@ -322,16 +356,28 @@ class ConversationStream:
             f"{self._layout.sequence_len} tokens: their first answers end beyond that"
         )
 
+    def _read_next(self) -> tuple[Rendered, int]:
+        """The next conversation and its number, from all parts once its own has been in vain."""
+        is_first_pass = self._next < self._part.length
+        if not (is_first_pass or self._is_fruitful or self._part.takes_all):
+            self._part.takes_all = True
+            self._rendered.set_state({"next_index": self._next})  # forgets what was read ahead
+        rendered, number = next(self._rendered), self._part.number(self._next)
+        self._is_fruitful |= is_first_pass and bool(rendered.mask.any())
+        self._next += 1
+        return rendered, number
+
     def state(self) -> ConversationState:
         held = self._packer.buffered()
         tokens = sum(len(conversation.ids) for conversation in held)
         visits = tuple(conversation.visit for conversation in held)
-        return ConversationState(self._next, visits, self._packer.offset, tokens)
+        return ConversationState(self._next, visits, self._packer.offset, tokens, self._is_fruitful)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Resumes from `ConversationState.to_json()`; ValueError if the conversations changed."""
-        self._start(state["next"])
-        found = [(visit, self._source[self._number(visit)]) for visit in state["held"]]
+        # A state from before there was `fruitful` is of a stream that found something.
+        self._start(state["next"], is_fruitful=state.get("fruitful", True))
+        found = [(visit, self._part[visit]) for visit in state["held"]]
         if sum(len(rendered.ids) for _, rendered in found) != state["tokens"]:
             raise ValueError(
                 "the conversations of the saved data state have other lengths now: resume with the "
@@ -342,17 +388,13 @@ class ConversationStream:
         )
         self._packer.offset = state["offset"]
 
-    def _number(self, visit: int) -> int:
-        return (self._index + visit * self._layout.streams) % len(self._source)
-
 
 # ---- all streams of one process --------------------------------------------------------------
 
 
-def _rendered(source: RenderedDataset, index: int, streams: int) -> grain.IterDataset:
+def _rendered(part: StreamPart) -> grain.IterDataset:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
-    endless = grain.MapDataset.source(source).repeat(reseed_each_epoch=False)
-    return endless[index::streams].to_iter_dataset(options)
+    return grain.MapDataset.source(part).to_iter_dataset(options)
 
 
 def conversation_loader(
@@ -380,9 +422,10 @@ def conversation_loader(
         "packing": source.packing,
         "data": f"{len(source)} conversations",
     }
+    parts = {index: StreamPart(source, index, streams) for index in owned}
     dataset = PackedRowsDataset(
-        {index: _rendered(source, index, streams) for index in owned},
-        lambda index, rendered: ConversationStream(index, layout, source, rendered, pad_id),
+        {index: _rendered(part) for index, part in parts.items()},
+        lambda index, rendered: ConversationStream(layout, source, parts[index], rendered, pad_id),
         lambda rows: PackedRows(*map(np.stack, zip(*rows, strict=True))),
     )
     return RowLoader(dataset, identity, state)
@@ -413,8 +456,9 @@ def estimate_epoch(
 ) -> PackingStats:
     """Packs the first `sample` conversations, to estimate how many rows all of them make."""
     layout = Layout(1, source.row_len - 1, 1, buffer)
-    iterator = _rendered(source, 0, 1).__iter__()
-    stream = ConversationStream(0, layout, source, iterator, pad_id)
+    part = StreamPart(source, 0, 1)
+    iterator = _rendered(part).__iter__()
+    stream = ConversationStream(layout, source, part, iterator, pad_id)
     n_rows, counts, digest = 0, np.zeros(len(COUNTS), np.int64), hashlib.sha256()
     try:
         while stream.used < min(sample, len(source)):

@@ -19,7 +19,7 @@ from nanochat_jax.data.conversations import (
     render_tasks,
 )
 from nanochat_jax.data.loader import merge_states
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tokenizer import SPECIAL_TOKENS, ConversationError, Tokenizer
 
 BOS, END = 500, 501
 
@@ -179,7 +179,7 @@ def test_rows_without_anything_to_learn_are_skipped_and_counted():
 def test_a_conversation_that_cannot_be_rendered_is_left_out_by_name(caplog):
     def render(pair):
         if pair is None:
-            raise ValueError("message 3 has no role")
+            raise ConversationError("message 3 has no role")
         return pair
 
     pairs = Listed([None, answered(5, 9), None])
@@ -188,6 +188,77 @@ def test_a_conversation_that_cannot_be_rendered_is_left_out_by_name(caplog):
     assert caplog.messages == ["listed, example 0 is left out: message 3 has no role"]
     with pytest.raises(ValueError, match="no conversation at all"):
         rendering([])
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("no JSON")])
+def test_a_conversation_that_cannot_be_read_ends_the_run(error):
+    class Damaged(Listed):
+        def __getitem__(self, i):
+            if i == 5:
+                raise error
+            return super().__getitem__(i)
+
+    source = RenderedDataset(Damaged([answered(9, 7)] * 12), lambda pair: pair, END, "best-fit", 33)
+    with pytest.raises(ValueError, match=r"^listed, example 5 cannot be read: .*(error|JSON)"):
+        batches(source, 4, buffer=3)
+
+
+def test_a_tokenizer_without_the_tokens_of_conversations_is_no_reason_to_leave_them_out():
+    trained = Tokenizer.train(["a few words of text " * 20], vocab_size=270)
+    lacking = [name for name in SPECIAL_TOKENS if name != "<|user_end|>"]
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = render_tasks(
+        Listed([{"messages": talk}]), Tokenizer(trained.ranks, special_tokens=lacking), "stream", 9
+    )
+    with pytest.raises(ValueError, match=r"no special token '<\|user_end\|>'"):
+        batches(source, 1)
+
+
+# ---- parts of streams without anything to learn ----------------------------------------------
+
+SILENT = ([BOS, 1, 2], [0, 0, 0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(8, 40),
+    st.sets(st.integers(0, 39), min_size=1, max_size=3),
+    st.sampled_from([SILENT, answered(50, 1)]),
+    st.sampled_from(["best-fit", "one-per-row"]),
+)
+def test_what_one_stream_finds_does_not_speak_for_all(n, usable, other, packing):
+    usable = {i % n for i in usable}
+    pairs = [answered(6, 10 + i) if i in usable else other for i in range(n)]
+    layout = {"rows": 8, "streams": 8, "buffer": 2}
+    source = rendering(pairs, packing, row_len=9)
+    whole = batches(source, 60, **layout)
+    learned = np.concatenate([rows.targets_RT[rows.targets_RT >= 0] for rows in whole])
+    assert set(learned) == {END} | {10 + i for i in usable}
+    assert all((row >= 0).any() for row in whole[0].targets_RT)
+    at = n % 7 + 1
+    states = []
+    for process in range(2):
+        how = {"process_index": process, "process_count": 2}
+        with conversation_loader(source, BOS, **layout, **how) as loader:
+            list(islice(loader, at))
+            states.append(loader.get_state())
+    state = json.loads(json.dumps(merge_states(states)))
+    with conversation_loader(source, BOS, **layout, state=state) as loader:
+        assert_same(whole[at:], list(islice(loader, 60 - at)))
+
+
+def test_a_state_from_before_streams_read_the_parts_of_others_continues_its_own():
+    pairs = [answered(6, 10 + i) for i in range(8)]
+    layout = {"rows": 4, "streams": 4}
+    source = rendering(pairs, "one-per-row", row_len=9)
+    whole = batches(source, 12, **layout)
+    with conversation_loader(source, BOS, **layout) as loader:
+        list(islice(loader, 5))
+        state = loader.get_state()
+    for stream in state["streams"].values():
+        del stream["fruitful"]
+    with conversation_loader(source, BOS, **layout, state=state) as loader:
+        assert_same(whole[5:], list(islice(loader, 7)))
 
 
 def test_conversations_of_a_tokenizer(caplog):
