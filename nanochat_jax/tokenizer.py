@@ -234,14 +234,16 @@ class Tokenizer:
         """Ids of {"messages": […]} and a mask of equal length, 1 where tokens are supervised.
 
         These are the assistant's text, its calls of Python with their markers, and
-        <|assistant_end|>, but not Python's output. Both are cut to `max_tokens`. ConversationError
+        <|assistant_end|>, but not Python's output, and nothing of a message with "weight": 0. Both
+        are cut to `max_tokens`. ConversationError
         names the message at fault.
         """
         ids, mask = [self.bos_id], [0]
         for message in _merge_system(*split_system(conversation)):
+            is_learned = message.get("weight", 1)
             for piece in self._pieces(message):
                 ids += piece.ids
-                mask += [piece.is_supervised] * len(piece.ids)
+                mask += [piece.is_supervised * is_learned] * len(piece.ids)
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(
@@ -337,18 +339,22 @@ def _safe_parts(text: str) -> list[str]:
 
 
 def split_system(conversation: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
-    """A leading system message, and the rest, checked to alternate between user and assistant."""
+    """A leading system message, and the rest, checked to alternate between user and assistant.
+
+    An empty system message is none.
+    """
     messages = _messages(conversation)
-    system = None
+    system, first = None, 0
     if messages and messages[0]["role"] == "system":
-        system = messages.pop(0).get("content")
+        system, first = messages.pop(0).get("content"), 1
         if not isinstance(system, str):
             raise ConversationError("the content of a system message must be a string")
+        system = system if system.strip() else None
     if not messages:
-        found = "only a system message" if system is not None else "no message"
+        found = "only a system message" if first else "no message"
         raise ConversationError(f"the conversation has {found}; it needs a message of the user")
     for index, message in enumerate(messages):
-        _check_message(message, index % 2 == 0, f"message {index + (system is not None)}")
+        _check_message(message, index % 2 == 0, f"message {index + first}")
     return system, messages
 
 
@@ -370,6 +376,8 @@ def _check_message(message: Mapping[str, Any], is_users_turn: bool, where: str) 
     role, content = message["role"], message.get("content")
     if role != expected:
         raise ConversationError(f"{where} is the {role}'s where the {expected}'s turn is")
+    if message.get("weight", 1) not in (0, 1):
+        raise ConversationError(f"{where} has the weight {message['weight']!r}, not 0 or 1")
     if isinstance(content, str):
         return
     if is_users_turn:

@@ -6,6 +6,7 @@ tasks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, NamedTuple, cast
@@ -108,7 +109,10 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
     rows = total_batch_size // length
     tokenizer = load_tokenizer(source)
     tasks = choose_tasks(name, gpt_config.recipe, config.tasks, config.val_tasks)
-    rendering = render_tasks(mixture(tasks.train, "train"), tokenizer, packing, length)
+    conversations = mixture(tasks.train, "train")
+    for note in conversations.notes:
+        say(note)
+    rendering = render_tasks(conversations, tokenizer, packing, length)
     found = estimate_epoch(rendering, tokenizer.bos_id)
     steps = config.num_iterations
     if steps is None:
@@ -301,13 +305,18 @@ class FinetuneStage(Stage):
 
         return counted_step
 
-    def validation_rows(self) -> Iterator[PackedRows]:
-        source = render_tasks(
+    @cached_property
+    def _validation(self) -> RenderedDataset:
+        """Read once: a run is measured on the same conversations whatever becomes of their file."""
+        return render_tasks(
             mixture(self.config.val_tasks, "test"),
             self.tokenizer,
             self.rendering.packing,
             self.model.config.sequence_len,
         )
+
+    def validation_rows(self) -> Iterator[PackedRows]:
+        source = self._validation
         rows = self.rows // self.grad_accum_steps  # of a micro-batch, over all devices
         n_tokens = self.config.eval_tokens
         return validation_batches(source, self.tokenizer.bos_id, rows=rows, n_tokens=n_tokens)

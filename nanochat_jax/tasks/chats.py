@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nanochat_jax.tasks.formats import Read, read_conversation
+from nanochat_jax.tasks.json_files import read_values
 from nanochat_jax.tasks.rows import Faults, RowTask, is_blank
 from nanochat_jax.tasks.task import (
     Conversation,
@@ -19,6 +21,7 @@ from nanochat_jax.tasks.task import (
     report_skipped,
     why_unusable,
 )
+from nanochat_jax.tokenizer import ConversationError
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 
@@ -67,62 +70,59 @@ def _suspicious(messages: pa.ListArray) -> np.ndarray:
 
 
 class CustomJSON(Task):
-    """A file with a conversation in each line: a JSON array of messages.
+    """A file of conversations in the formats of formats.py.
 
-    An object with such an array under "messages" is accepted, too. Only the positions of the lines
-    are kept in memory. Unusable lines are reported in one warning and listed in `skipped`.
+    A JSON object or array of messages in each line, or one JSON array of conversations, compressed
+    with gzip or Zstandard or not. The file is read once, so that a run never sees another state of
+    it; what cannot be used is reported in one warning and listed in `skipped`.
     """
 
     kind = "generative"
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path, self.name = path, name or f"json:{path}"
-        if not path.is_file():
-            raise ValueError(f"there is no file {path} with conversations, one in each line")
-        self._starts, self._lines = array("q"), array("q")
-        self.skipped = list(self._find_lines())
-        total = len(self._starts) + len(self.skipped)
+        self._rendered, self._ends = bytearray(), array("q", [0])  # JSON takes a third of objects
+        self._places: list[str] = []
+        self.skipped = []
+        formats: Counter[str] = Counter()
+        for place, value in read_values(path):
+            try:
+                read = _usable(value)
+            except ConversationError as error:
+                self.skipped.append(Skipped(f"{path}, {place}", str(error)))
+            else:
+                formats[read.format] += 1
+                self._add(place, read.messages)
+        total = len(self) + len(self.skipped)
         if not total:
-            raise ValueError(f"{path} is empty; write a JSON array of messages in each line")
+            raise ValueError(f"{path} is empty; write a conversation in each line")
         report_skipped(self.name, self.skipped, total)
+        self.notes = [f"{path}: " + " and ".join(f"{n:,} as {f}" for f, n in formats.items())]
+
+    def _add(self, place: str, messages: list[dict[str, Any]]) -> None:
+        self._rendered += json.dumps(messages, ensure_ascii=False).encode()
+        self._ends.append(len(self._rendered))
+        self._places.append(place)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._places)
 
     def __getitem__(self, i: int) -> Conversation:
         check_index(i, len(self))
-        with self.path.open("rb") as file:
-            file.seek(self._starts[i])
-            return {"messages": _messages(file.readline())}
+        return {"messages": json.loads(self._rendered[self._ends[i] : self._ends[i + 1]])}
 
     def where(self, i: int) -> str:
-        return f"{self.path}, line {self._lines[i]}"
-
-    def _find_lines(self) -> Iterator[Skipped]:
-        """Records the positions of the usable lines, and yields the others."""
-        start = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    if why := _why_unusable_line(line):
-                        yield Skipped(f"{self.path}, line {number}", why)
-                    else:
-                        self._starts.append(start)
-                        self._lines.append(number)
-                start += len(line)
+        return f"{self.path}, {self._places[i]}"
 
 
-def _messages(line: bytes) -> Any:
-    value = json.loads(line.decode("utf-8-sig"))
-    return value.get("messages") if isinstance(value, dict) else value
-
-
-def _why_unusable_line(line: bytes) -> str | None:
+def _usable(value: Any) -> Read:
+    if isinstance(value, ConversationError):
+        raise value
+    read = read_conversation(value)
     try:
-        messages = _messages(line)
-        json.dumps(messages, ensure_ascii=False).encode()  # JSON can spell lone surrogates
-    except UnicodeError as error:
-        return f"not valid Unicode ({error})"
-    except (ValueError, RecursionError):
-        return "not JSON; a line must be a whole array of messages"
-    return why_unusable(messages)
+        json.dumps(read.messages, ensure_ascii=False).encode()
+    except UnicodeError as error:  # JSON can spell lone surrogates
+        raise ConversationError(f"not valid Unicode ({error})") from None
+    if why := why_unusable(read.messages):
+        raise ConversationError(why)
+    return read

@@ -19,7 +19,8 @@ class Slice(Task):
             raise ValueError(
                 f"a slice of {task.name} from {start} to {stop} in steps of {step} makes no sense"
             )
-        self.name, self.kind, self.skipped = task.name, task.kind, task.skipped
+        self.name, self.kind = task.name, task.kind
+        self.skipped, self.notes = task.skipped, task.notes
         self._task, self._picked = task, range(len(task))[start:stop:step]
 
     def __len__(self) -> int:
@@ -49,6 +50,7 @@ class TaskSequence(Conversations):
         self.name = ",".join(task.name for task in tasks)
         different = {id(task): task for task in tasks}.values()
         self.skipped = [row for task in different for row in task.skipped]
+        self.notes = [note for task in different for note in task.notes]
         self._ends = list(accumulate(len(task) for task in tasks))
 
     def __len__(self) -> int:

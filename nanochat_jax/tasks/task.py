@@ -39,11 +39,12 @@ class Conversations(Protocol):
     """Conversations by number: what a model is trained on.
 
     `task[i]` raises IndexError outside 0 … len − 1. `where(i)` names the source of a conversation.
-    `skipped` are the rows that were left out.
+    `skipped` are the rows that were left out, `notes` lines for the log about what was read.
     """
 
     name: str
     skipped: Sequence[Skipped] = ()
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int: ...
 
@@ -145,7 +146,9 @@ def why_unusable(messages: Any) -> str | None:
         return str(error)
     if len(turns) < 2:
         return "no message of the assistant"
-    for message in messages:
+    if all(turn.get("weight") == 0 for turn in turns[1::2]):
+        return "nothing to learn: the weight of all messages of the assistant is 0"
+    for message in turns:
         content = message["content"]
         text = content if isinstance(content, str) else "".join(part["text"] for part in content)
         if not text.strip():
