@@ -35,10 +35,26 @@ def named_folder(kind: str, name: str | Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a reader, or a crash, never finds half of it."""
+    """Replaces a file as a whole: a reader, or a crash, never finds half of it.
+
+    It is on the disk when this returns.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder, not the content of its files, to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def parse[C](

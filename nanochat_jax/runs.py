@@ -5,13 +5,16 @@ saved with every checkpoint and compared when the run is resumed; everything els
 """
 
 import ctypes
+import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -19,8 +22,10 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from nanochat_jax.config import base_dir, named_folder, to_toml, write_atomically
+from nanochat_jax.config import base_dir, named_folder, sync_folder, to_toml, write_atomically
 from nanochat_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE, LOCK_FILE = "config.toml", ".lock"
 CHECKPOINTS_FOLDER, TOKENIZER_FOLDER = "checkpoints", "tokenizer"
@@ -125,6 +130,90 @@ def _differences(then: Any, now: Any, where: str) -> Iterator[str]:
         yield f"{where} was {then}, now {now}"
 
 
+# --- what is read is what was written -------------------------------------------------------------
+
+CHECKSUMS_FILE = "SHA256SUMS"  # of sha256sum's format, so that it can check them, too
+CHECKPOINT_FILE = "_CHECKPOINT_METADATA"  # Orbax's; names the checksums of a checkpoint with them
+
+
+class DamagedError(ValueError):
+    """A file is missing, or not what was written; the message names it."""
+
+
+def seal(folder: Path) -> None:
+    """Brings a folder to the disk: its files, CHECKSUMS_FILE with their digests, its names."""
+    files, folders = _content(folder)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(partial(_digest, sync=True), files))
+    for path in reversed(folders):
+        sync_folder(path)
+    lines = (f"{d}  {path.relative_to(folder)}\n" for d, path in zip(digests, files, strict=True))
+    write_atomically(folder / CHECKSUMS_FILE, "".join(lines))
+
+
+def check_seal(folder: Path, parts: Sequence[str] = ()) -> bool:
+    """Compares a checkpoint with its checksums: its own files, and those in `parts` (all folders).
+
+    False for one from before there were checksums. DamagedError names a file that was changed, is
+    missing, or too much.
+    """
+    if not (folder / CHECKPOINT_FILE).is_file():
+        raise DamagedError(f"{folder} is no whole checkpoint: it has no {CHECKPOINT_FILE}")
+    listed = folder / CHECKSUMS_FILE
+    if not listed.is_file():
+        custom = read_json(folder / CHECKPOINT_FILE).get("custom_metadata")
+        if custom == {"checksums": CHECKSUMS_FILE}:
+            raise DamagedError(f"{listed} is missing")
+        return False
+
+    def is_read(path: Path) -> bool:
+        inside = path.relative_to(folder).parts
+        return not parts or len(inside) == 1 or inside[0] in parts
+
+    expected = {path: d for path, d in _read_checksums(listed).items() if is_read(path)}
+    found = [path for path in _content(folder)[0] if is_read(path)]
+    for path in sorted({*expected} ^ {*found}):
+        what = "is missing" if path in expected else f"is not in {CHECKSUMS_FILE}"
+        raise DamagedError(f"{path} {what}")
+    with ThreadPoolExecutor() as pool:
+        for path, digest in zip(found, pool.map(_digest, found), strict=True):
+            if digest != expected[path]:
+                raise DamagedError(f"{path} is damaged: its checksum is not the one in {listed}")
+    return True
+
+
+def digest(value: Any) -> str:
+    """A short name for JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _content(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files in a folder and below, but for its checksums; and the folders, itself first."""
+    found = sorted({*folder.rglob("*")} - {folder / CHECKSUMS_FILE})
+    folders = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return [path for path in found if path not in {*folders}], [folder, *folders]
+
+
+def _read_checksums(path: Path) -> dict[Path, str]:
+    try:
+        lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {path.parent / name: digest for digest, name in lines}
+    except ValueError:
+        raise DamagedError(f"{path} is damaged: it is not a list of checksums") from None
+
+
+def _digest(path: Path, sync: bool = False) -> str:
+    try:
+        with path.open("rb") as file:
+            if sync:
+                os.fsync(file.fileno())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
+
+
 # --- what the report reads ------------------------------------------------------------------------
 
 REPORT_FOLDER = "report"
@@ -145,7 +234,7 @@ def record_evaluation(path: Path, found: dict[str, Any]) -> None:
 
     A mean over tasks that are not all of those in the file is left out.
     """
-    before = read_json(path)
+    before = read_sound(path)
     if before.get("step") != found["step"]:
         before = {}
     whole = before | found
@@ -167,7 +256,7 @@ class Meter:
     """
 
     def __init__(self, folder: Path, stage: str):
-        self._before = read_json(folder / REPORT_FOLDER / f"{stage}.json")
+        self._before = read_sound(folder / REPORT_FOLDER / f"{stage}.json")
         self._began, self._kwh = monotonic(), gpu_kwh()
 
     def read(self) -> dict[str, float]:
@@ -178,24 +267,51 @@ class Meter:
         return {name: self._before.get(name, 0.0) + value for name, value in taken.items()}
 
 
-def read_meta(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """The meta of a run's checkpoint, by default the last that is finished; {} where there is none
-    that can be read."""
-    checkpoints = folder / CHECKPOINTS_FOLDER
-    if step is not None:
-        return read_json(checkpoints / str(step) / "meta" / "metadata")
-    finished = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
-    metas = (read_meta(folder, step) for step in sorted(finished, reverse=True))
-    return next(filter(None, metas), {})
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of which a run has checkpoints, ascending."""
+    paths = [path for path in (folder / CHECKPOINTS_FOLDER).glob("*") if path.is_dir()]
+    return sorted(int(p.name) for p in paths if p.name.isdecimal() and str(int(p.name)) == p.name)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta of a run's last checkpoint that is not damaged (a warning says which is)."""
+    for step in reversed(checkpoint_steps(folder)):
+        checkpoint = folder / CHECKPOINTS_FOLDER / str(step)
+        try:
+            check_seal(checkpoint, ("meta",))
+            if meta := read_json(checkpoint / "meta" / "metadata"):
+                return meta
+        except DamagedError as damage:
+            log.warning("%s", damage)
+    return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """{} for a file that is missing, torn, or no object: a report shows what is there."""
+    """The object in a file; {} where there is no file, DamagedError where it holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
-    return value if isinstance(value, dict) else {}
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: it is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def read_sound(path: Path) -> dict[str, Any]:
+    """As `read_json`, but a damaged file is put aside: {} after a warning that says so."""
+    try:
+        return read_json(path)
+    except DamagedError as damage:
+        kept = path.with_name(f"{path.name}.damaged")
+        path.replace(kept)
+        log.warning("%s; kept as %s, and left out", damage, kept)
+        return {}
 
 
 # --- energy: NVML's counter, through the driver's library alone -----------------------------------
@@ -290,14 +406,18 @@ def cut_metrics(run_folder: Path, keep: Callable[[Record], bool], file: str = ME
 
 
 def _records(path: Path) -> Iterator[tuple[Record, str]]:
+    """Records and their lines. A line torn by a sudden end is the last; others are warned of."""
     # Bytes, not text: a torn line can end inside a character.
-    for line in path.read_bytes().split(b"\n"):
+    *lines, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, last], 1):
         try:
             record = json.loads(line)
-            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
-                yield record, line.decode()
+            if not (isinstance(record, dict) and {"kind", "step"} <= record.keys()):
+                raise ValueError("no record")
+            yield record, line.decode()
         except ValueError:
-            continue
+            if number <= len(lines):
+                log.warning("%s: line %d is damaged and left out", path, number)
 
 
 def _finite(value: Any) -> Any:

@@ -1,10 +1,13 @@
 """Checkpoints: exact, kept and deleted by rule, for any number of devices, safe against kill -9."""
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from golden_optim import for_recipe
 from nanochat_jax.checkpoint import Checkpoints, load_model, model_meta
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.optim import make_optimizer
+from nanochat_jax.runs import DamagedError
 from nanochat_jax.sharding import from_logical, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
@@ -125,7 +129,7 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
         assert (checkpoints.best(), checkpoints.latest()) == (2, 6)
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert folders == {"2", "5", "6"}
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:  # known from the disk alone
+    with Checkpoints(tmp_path) as checkpoints:  # known from the disk alone
         assert (checkpoints.best(), checkpoints.latest()) == (2, 6)
 
 
@@ -207,21 +211,145 @@ def test_a_full_disk_is_reported_in_one_sentence(tmp_path, capfd):
         assert checkpoints.steps() == [1]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    one = {"wte": jnp.ones((8, 8))}
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory) -> Path:
+    """A run with two checkpoints, at steps 3 and 4."""
+    folder = tmp_path_factory.mktemp("sealed")
+    with Checkpoints(folder) as checkpoints:
+        for step in (3, 4):
+            ones = {"wte": jnp.full((8, 8), step, jnp.float32)}
+            state = TrainState(jnp.int32(step), ones, {"mu": ones})
+            checkpoints.save(state, {"x": 1, "val_bpb": 1.0 * step}, {"at": step})
+    return folder
+
+
+@pytest.fixture
+def copy(sealed, tmp_path) -> Path:
+    return Path(shutil.copytree(sealed, tmp_path / "copy"))
+
+
+def read_all(folder: Path, step: int):
+    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaf = {"wte": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=placed)}
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=placed)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.check(step)
+        checkpoints.meta(step), checkpoints.loader_state(step)
+        return checkpoints.restore(step, TrainState(count, leaf, {"mu": leaf})).params["wte"]
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    """One bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_is_refused_and_the_file_named(copy):
+    checkpoint = copy / "checkpoints" / "4"
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    parts = {path.relative_to(checkpoint).parts[0] for path in files}
+    assert {"params", "opt_state", "meta", "loader", "metrics", "SHA256SUMS"} <= parts
+    assert (np.asarray(read_all(copy, 4)) == 4).all()
+    for path in files:
+        whole = path.read_bytes()
+        for where in (0, 0.3, 0.99):
+            flip(path, where)
+            with pytest.raises(DamagedError, match="/checkpoints/4/") as refused:
+                read_all(copy, 4)
+            assert path.name in str(refused.value)
+        path.write_bytes(whole)
+    assert (np.asarray(read_all(copy, 4)) == 4).all()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def grow(path: Path) -> None:
+    (path.parent / "more").write_bytes(b"")
+
+
+def swap(path: Path) -> None:
+    shutil.copy(str(path).replace("/4/", "/3/"), path)
+
+
+def hollow(path: Path) -> None:
+    shutil.rmtree(path.parents[1])
+    path.parents[1].mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, grow, swap, hollow])
+@pytest.mark.parametrize("name", ["meta/metadata", "loader/metadata", "params/_METADATA"])
+def test_damage_of_any_kind_is_refused(copy, damage, name):
+    if damage is swap and name == "params/_METADATA":
+        name = "params/array_metadatas/process_0"  # two steps' _METADATA are equal
+    path = copy / "checkpoints" / "4" / name
+    before = path.read_bytes()
+    damage(path)
+    if damage is swap and path.read_bytes() == before:
+        pytest.skip("the files of both steps are equal")
+    with pytest.raises(DamagedError, match="/checkpoints/4"):
+        read_all(copy, 4)
+    assert (np.asarray(read_all(copy, 3)) == 3).all()
+
+
+def test_missing_checksums_are_no_old_checkpoint(copy, capsys):
+    (copy / "checkpoints" / "4" / "SHA256SUMS").unlink()
+    with pytest.raises(DamagedError, match="SHA256SUMS is missing"):
+        read_all(copy, 4)
+    assert "not verified" not in capsys.readouterr().out
+
+
+def make_old(checkpoint: Path) -> None:
+    """As it was saved before there were checksums."""
+    (checkpoint / "SHA256SUMS").unlink()
+    about = checkpoint / "_CHECKPOINT_METADATA"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"custom_metadata": {}}))
+
+
+def test_a_checkpoint_from_before_loads_and_one_line_says_that_it_is_not_verified(copy, capsys):
+    old = copy / "checkpoints" / "4"
+    make_old(old)
+    assert (np.asarray(read_all(copy, 4)) == 4).all()
+    assert capsys.readouterr().out.count("not verified") == 1
+    for data in (old / "params" / "d").iterdir():
+        data.write_bytes(b"")
+    with pytest.raises(DamagedError, match="checkpoints/4/params cannot be read"):
+        read_all(copy, 4)
+    (old / "meta" / "metadata").write_text('{"x":')
+    with pytest.raises(DamagedError, match="checkpoints/4/meta/metadata is damaged"):
+        Checkpoints(copy).meta(4)
+
+
+def test_sha256sum_can_check_a_checkpoint(copy):
+    command = ["sha256sum", "--quiet", "--strict", "--check", "SHA256SUMS"]
+    where = copy / "checkpoints" / "4"
+    assert subprocess.run(command, cwd=where, check=False).returncode == 0
+    flip(where / "loader" / "metadata")
+    assert subprocess.run(command, cwd=where, check=False, capture_output=True).returncode == 1
+
+
+def test_parameters_that_are_not_finite_are_refused(tmp_path):
+    bad = {"wte": jnp.full((8, 8), 1.0).at[3, 3].set(jnp.nan)}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(3), one, {"mu": one}), {"x": 1}, None)
-        checkpoints.wait()
-        for data in (tmp_path / "checkpoints/3/params/d").iterdir():
-            data.write_bytes(b"")
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), one
-        )
-        with pytest.raises(ValueError, match="checkpoints/3 cannot be read"):
-            checkpoints.restore_params(3, abstract)
-        (tmp_path / "checkpoints/3/meta/metadata").write_text('{"x":')
-        with pytest.raises(ValueError, match="checkpoints/3 cannot be read"):
-            checkpoints.meta(3)
+        checkpoints.save(TrainState(jnp.int32(4), bad, {"mu": bad}), {}, None)
+    with pytest.raises(DamagedError, match="checkpoints/4: wte are not finite"):
+        read_all(tmp_path, 4)
+
+
+def test_a_clock_that_jumps_by_an_hour_at_every_look_ends_no_save(tmp_path, monkeypatch):
+    clock, hours = time.time, iter(range(1_000_000))
+    monkeypatch.setattr(time, "time", lambda: clock() + 3600 * next(hours))
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(small_state(step), {}, None)
+            checkpoints.wait()
+    assert next(hours) > 2  # Orbax looks at it
+    assert Checkpoints(tmp_path).steps() == [1, 2]
 
 
 def test_a_run_folder_is_a_model(run2, tmp_path):

@@ -42,6 +42,19 @@ def test_a_torn_line_is_left_out_and_cut_away(tmp_path):
     assert (tmp_path / METRICS_FILE).read_bytes() == whole
 
 
+def test_a_damaged_line_that_is_not_the_last_is_named(tmp_path, caplog):
+    write(tmp_path, range(4))
+    path = tmp_path / METRICS_FILE
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged in ('{"kind": "train", "st\n', "[1]\n", "\0\0\0\n"):
+        caplog.clear()
+        path.write_text("".join([*lines[:2], damaged, *lines[3:]]))
+        assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 3]
+        assert [record.message for record in caplog.records] == [
+            f"{path}: line 3 is damaged and left out"
+        ]
+
+
 def test_cutting_keeps_what_is_asked_for_and_appending_goes_on(tmp_path):
     write(tmp_path, range(5))
     cut_metrics(tmp_path, lambda record: record["step"] < 3)

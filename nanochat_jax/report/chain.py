@@ -17,9 +17,9 @@ from nanochat_jax.runs import (
     METRICS_FILE,
     REPORT_FOLDER,
     Record,
-    read_json,
     read_meta,
     read_metrics,
+    read_sound,
 )
 
 TITLES = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
@@ -93,7 +93,7 @@ def read_stage(folder: Path) -> StageRecord:
     sections = {
         path.stem: values
         for path in (*recorded, *(folder / name for name in EVALUATIONS))
-        if (values := read_json(path))
+        if (values := read_sound(path))
     }
     return StageRecord(folder, read_meta(folder), read_metrics(folder), sections)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import open_checkpoints
+from nanochat_jax.checkpoint import load_tokenizer, naming_a_whole_one, open_checkpoints
 from nanochat_jax.data.conversations import (
     COUNTS,
     PackedRows,
@@ -43,7 +43,7 @@ from nanochat_jax.stages.mixtures import (
     validation_batches,
 )
 from nanochat_jax.stages.settings import FinetuneConfig
-from nanochat_jax.stages.stage import Source, Stage, TrainStep, find_source, load_tokenizer
+from nanochat_jax.stages.stage import Source, Stage, TrainStep, find_source
 from nanochat_jax.train import (
     Batch,
     Metrics,
@@ -107,7 +107,7 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
     length = gpt_config.sequence_len
     accumulation = grad_accumulation(total_batch_size, device_batch_size, length, mesh.size)
     rows = total_batch_size // length
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.folder, source.meta)
     tasks = choose_tasks(name, gpt_config.recipe, config.tasks, config.val_tasks)
     conversations = mixture(tasks.train, "train")
     for note in conversations.notes:
@@ -269,12 +269,13 @@ class FinetuneStage(Stage):
     def initial_state(self) -> TrainState:
         """Step 0: the source's parameters, with its optimizer's moments or without any."""
         abstract = abstract_logical_state(self.model, self.optimizer, self.mesh)
-        with open_checkpoints(self.source.folder) as checkpoints:
+        step = self.source.step
+        with open_checkpoints(self.source.folder) as found, naming_a_whole_one(found, step):
             if not self.config.warm_start:
                 fresh = init_state(self.model, self.optimizer, self.mesh, jax.random.key(0))
-                params = checkpoints.restore_params(self.source.step, cast(Any, abstract.params))
+                params = found.restore_params(step, cast(Any, abstract.params))
                 return replace(fresh, params=from_logical(params, self.mesh))
-            saved = checkpoints.restore(self.source.step, abstract)
+            saved = found.restore(step, abstract)
         begun = TrainState(0 * saved.step, saved.params, restart_schedules(saved.opt_state))
         return from_logical(begun, self.mesh)
 

@@ -5,64 +5,44 @@ device computes the next one, so the device never waits for Python.
 """
 
 import gc
-import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from shlex import quote
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from nanochat_jax.checkpoint import Checkpoints, model_meta
-from nanochat_jax.data.loader import merge_states
-from nanochat_jax.distributed import gather_json, is_main_process, provenance, say, wait_for_all
+from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.distributed import is_main_process, say, wait_for_all
 from nanochat_jax.runs import (
     CONFIG_FILE,
     Meter,
     Tracker,
-    check_fingerprint,
     check_unused,
     clear_run,
-    cut_metrics,
     lock_run,
     record,
-    write_run_files,
 )
-from nanochat_jax.sharding import from_logical
+from nanochat_jax.stages.saving import (
+    LoopProgress,
+    NonFiniteError,
+    Save,
+    begin,
+    make_save,
+    report_non_finite,
+)
 from nanochat_jax.stages.stage import Loader, Stage
-from nanochat_jax.train import Metrics, TrainState, abstract_logical_state, make_state_to_logical
+from nanochat_jax.train import Metrics, TrainState
 
-NON_FINITE_FILE = "nonfinite.json"
 SMOOTHING = 0.9  # of the loss that is printed
 COLLECT_EVERY = 5000  # steps between collections of cyclic garbage
-
-
-@dataclass(frozen=True)
-class LoopProgress:
-    """What the host knows besides the state; saved with every checkpoint."""
-
-    smoothed_loss: float = 0.0  # exponential average, biased towards 0
-    train_seconds: float = 0.0  # without compiling, measuring, sampling and saving
-    val_bpb: float | None = None
-    best_val_bpb: float | None = None
-    done: tuple[str, ...] = ()  # events of the present step that need no repetition
-
-
-class NonFiniteError(Exception):
-    """A loss, gradient or parameter is NaN or infinite; `loader_state` identifies the batch."""
-
-    def __init__(self, step: int, what: str, loader_state: dict[str, Any]):
-        super().__init__(f"{what} at step {step}")
-        self.step, self.what, self.loader_state = step, what, loader_state
 
 
 class Trained(NamedTuple):
@@ -71,9 +51,6 @@ class Trained(NamedTuple):
     state: TrainState
     progress: LoopProgress
     stopped_by: str | None  # the signal that ended the run early
-
-
-type Save = Callable[[TrainState, LoopProgress], None]
 
 
 def run(stage: Stage) -> int:
@@ -113,38 +90,6 @@ def run(stage: Stage) -> int:
         # 4. What was trained, and what to do next.
         report_end(stage, trained, meter)
     return 0
-
-
-def begin(stage: Stage, checkpoints: Checkpoints) -> tuple[TrainState, LoopProgress, Loader]:
-    """A fresh state, or the last checkpoint's when resuming. Resuming in this order:
-
-    1. the fingerprint is compared before anything is touched; 2. the arrays; 3. the data pipeline;
-    4. the records beyond the checkpoint are cut off; 5. configuration and tokenizer are written.
-    """
-    step = checkpoints.latest()
-    if step is None:
-        state, progress, loader_state = stage.initial_state(), LoopProgress(), None
-    else:
-        meta, loader_state = checkpoints.meta(step), checkpoints.loader_state(step)
-        check_fingerprint(stage.folder, meta["identity"], stage.fingerprint())
-        abstract = abstract_logical_state(stage.model, stage.optimizer, stage.mesh)
-        state = from_logical(checkpoints.restore(step, abstract), stage.mesh)
-        progress = LoopProgress(**{**meta["progress"], "done": tuple(meta["progress"]["done"])})
-    loader = stage.loader(loader_state)
-
-    def is_before(record: dict[str, Any]) -> bool:
-        if step is None:
-            return False
-        at_step = record["step"] == step and record["kind"] in progress.done
-        return record["step"] < step or at_step
-
-    if is_main_process():
-        cut_metrics(stage.folder, is_before)
-        settings = replace(stage.config, resume=False, overwrite=False)
-        write_run_files(stage.folder, settings, stage.tokenizer)
-    if stage.config.resume:
-        say(f"resuming at step {step}" if step else "nothing to resume yet: starting at step 0")
-    return state, progress, loader
 
 
 def train(
@@ -229,63 +174,6 @@ def show_samples(stage: Stage, state: TrainState, step: int, logger: "MetricsLog
         say(f"step {step:05d} | {prompt!r} → {text!r}")
     logger.tracker.log("sample", step, texts=[[prompt, text] for prompt, text in samples])
     logger.done("sample")
-
-
-# --- saving, and how it ended ---------------------------------------------------------------------
-
-
-def make_save(stage: Stage, checkpoints: Checkpoints, loader: Loader) -> Save:
-    """The function that begins to save a state.
-
-    Parameters that are not finite are never saved: NonFiniteError.
-    """
-    to_logical = make_state_to_logical(stage.model, stage.optimizer, stage.mesh)
-    all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params])))
-    # All of a run that is neither an array nor the data's state, nor changes from step to step.
-    constant = {
-        "format": 1,
-        "stage": stage.name,
-        **model_meta(stage.model.config),
-        "identity": stage.fingerprint(),
-        "config": asdict(stage.config),
-        "plan": stage.plan_record(),
-        "provenance": provenance(),
-        **({"source": stage.source_meta} if stage.source else {}),
-    }
-
-    def save(state: TrainState, progress: LoopProgress) -> None:
-        step = int(state.step)
-        if not all_finite(list(state.params.values())):
-            raise NonFiniteError(step, "a parameter is not finite", loader.get_state())
-        meta = {
-            **constant,
-            "step": step,
-            "val_bpb": progress.val_bpb if "val" in progress.done else None,
-            "progress": asdict(progress),
-        }
-        checkpoints.save(to_logical(state), meta, merge_over_processes(loader.get_state()))
-
-    return save
-
-
-def merge_over_processes(loader_state: dict[str, Any]) -> dict[str, Any]:
-    """The data states of all processes as one; every process must call it."""
-    return merge_states(gather_json(loader_state))
-
-
-def report_non_finite(stage: Stage, error: NonFiniteError) -> int:
-    """Writes down which batch it was; returns the exit code."""
-    path = stage.folder / NON_FINITE_FILE
-    loader_state = merge_over_processes(error.loader_state)
-    found = {"step": error.step, "what": error.what, "loader": loader_state}
-    if is_main_process():
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print(
-            f"error: {error}; {path} describes the batch. Nothing was overwritten: --resume "
-            "continues from the last checkpoint, with a lower learning rate only as another --run",
-            file=sys.stderr,
-        )
-    return 1
 
 
 def report_end(stage: Stage, trained: Trained, meter: Meter) -> None:

@@ -20,11 +20,11 @@ from nanochat_jax.data.shards import Shards, list_shards
 from nanochat_jax.data.text import train_loader
 from nanochat_jax.gpt import make_model
 from nanochat_jax.optim import OptimConfig
-from nanochat_jax.runs import read_meta, run_folder
+from nanochat_jax.runs import digest, read_meta, run_folder
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages.loop import run
 from nanochat_jax.stages.settings import PretrainConfig
-from nanochat_jax.stages.stage import Stage, TrainStep, digest, validation_rows
+from nanochat_jax.stages.stage import Stage, TrainStep, validation_rows
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 from nanochat_jax.train import Batch, TrainState, init_state, make_train_step, put_batch
 

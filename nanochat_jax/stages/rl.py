@@ -17,7 +17,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from nanochat_jax.checkpoint import load_model
+from nanochat_jax.checkpoint import load_model, load_tokenizer
 from nanochat_jax.cli import progress_bar
 from nanochat_jax.distributed import is_main_process, say
 from nanochat_jax.engine.engine import make_engine
@@ -35,7 +35,7 @@ from nanochat_jax.stages import policy
 from nanochat_jax.stages.loop import run
 from nanochat_jax.stages.rollouts import PromptLoader, measure, summary, transcripts
 from nanochat_jax.stages.settings import Objective, RlConfig
-from nanochat_jax.stages.stage import Source, Stage, TrainStep, find_source, load_tokenizer
+from nanochat_jax.stages.stage import Source, Stage, TrainStep, find_source
 from nanochat_jax.tasks.registry import JSON, make_task
 from nanochat_jax.tasks.task import Task, check_answered
 from nanochat_jax.train import TrainState, init_state, make_own_gather, make_train_step
@@ -55,7 +55,7 @@ def make_stage(config: RlConfig) -> "RLStage":
     source = find_source(config.source, config.source_step, ("sft",))
     mesh = make_mesh(config.n_devices)
     model = make_model(source.gpt_config, config.dtype, config.attention)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.folder, source.meta)
     num_steps = config.num_iterations or max(
         1, config.epochs * len(train_task) // config.questions_per_step
     )

@@ -4,8 +4,6 @@ A stage says what is trained, on what, and how it is measured; loop.py runs it. 
 decides, and writes nothing: a ValueError says what is missing or does not fit.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,7 +17,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import choose_step, model_meta, open_checkpoints
+from nanochat_jax.checkpoint import (
+    choose_step,
+    model_meta,
+    naming_a_whole_one,
+    open_checkpoints,
+    tokenizer_fingerprint,
+)
 from nanochat_jax.data.loader import choose_streams
 from nanochat_jax.data.shards import Shards
 from nanochat_jax.data.text import val_batches
@@ -30,7 +34,7 @@ from nanochat_jax.evals.bits_per_byte import evaluate
 from nanochat_jax.evals.generation import PROMPTS, SAMPLING, complete, completion_engine
 from nanochat_jax.gpt import GPT, GPTConfig, Params
 from nanochat_jax.optim import OptimConfig, lr_multiplier, make_optimizer
-from nanochat_jax.runs import TOKENIZER_FOLDER, default_run, run_folder
+from nanochat_jax.runs import default_run, run_folder
 from nanochat_jax.stages.settings import RunSettings, TrainSettings
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Batch, Metrics, TrainState, make_eval_step, make_gather, put_batch
@@ -210,34 +214,9 @@ def find_source(name: str, step: str, stages: Sequence[str]) -> Source:
     folder = run_folder(name)
     with open_checkpoints(folder) as checkpoints:
         chosen = choose_step(checkpoints, step)
-        return Source(name, folder, chosen, checkpoints.meta(chosen))
-
-
-def load_tokenizer(source: Source) -> Tokenizer:
-    """The source's tokenizer; ValueError where it is not the one that it was trained with."""
-    tokenizer = Tokenizer.load(source.folder / TOKENIZER_FOLDER)
-    found = tokenizer_fingerprint(tokenizer)
-    if source.meta["identity"].get("tokenizer", found) != found:
-        raise ValueError(
-            f"{source.folder / TOKENIZER_FOLDER} is not the tokenizer that {source.name} was "
-            "trained with; put that one back"
-        )
-    return tokenizer
-
-
-def digest(value: Any) -> str:
-    """A short name for JSON."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The parts of a tokenizer that a run's results depend on."""
-    ranks = b"".join(len(token).to_bytes(4) + token for token in tokenizer.ranks)
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "tokens": hashlib.sha256(ranks).hexdigest()[:16],
-        "pattern": digest(tokenizer.pattern),
-    }
+        with naming_a_whole_one(checkpoints, chosen):
+            meta = checkpoints.meta(chosen, "model", "identity")
+        return Source(name, folder, chosen, meta)
 
 
 # --- measuring and sampling -----------------------------------------------------------------------

@@ -62,6 +62,7 @@ def make_run(folder, stage="pretrain", source=None, steps=40, device="cpu", best
     path = folder / "checkpoints" / str(steps) / "meta" / "metadata"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(meta))
+    (path.parents[1] / "_CHECKPOINT_METADATA").write_text("{}")  # Orbax's
     (folder / "config.toml").write_text("".join(f"{k} = {v!r}\n" for k, v in config.items()))
     return folder
 
@@ -114,12 +115,14 @@ def test_a_section_is_what_was_recorded_last(tmp_path):
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["sft.json"]
 
 
-def test_an_evaluation_stays_beside_the_others_of_its_checkpoint(tmp_path):
+def test_an_evaluation_stays_beside_the_others_of_its_checkpoint(tmp_path, caplog):
     path = tmp_path / "eval_chat.json"
     path.write_text('{"step": 5, "chat_ta')  # torn
     first = {"step": 5, "chat_tasks": {"mmlu": {"accuracy": 0.3}}, "mean_centred": 0.1}
     record_evaluation(path, first | {"chatcore": 0.2})
     assert json.loads(path.read_text()) == first | {"chatcore": 0.2}
+    assert f"{path} is damaged" in caplog.text  # what it held is not thrown away silently
+    assert (tmp_path / "eval_chat.json.damaged").read_text() == '{"step": 5, "chat_ta'
     second = {"step": 5, "chat_tasks": {"gsm8k": {"accuracy": 0.1}}, "mean_centred": 0.1}
     record_evaluation(path, second)
     both = first["chat_tasks"] | second["chat_tasks"]
@@ -167,7 +170,7 @@ def test_a_source_that_is_gone_does_not_matter(tmp_path):
     assert len(read_chain(make_run(tmp_path / "sft", "sft", "deleted"))) == 1
 
 
-def test_torn_and_foreign_files_do_not_matter(tmp_path):
+def test_torn_and_foreign_files_are_left_out_with_a_warning(tmp_path, caplog):
     folder = make_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
@@ -180,6 +183,9 @@ def test_torn_and_foreign_files_do_not_matter(tmp_path):
     stage = read_stage(folder)
     assert stage.meta["step"] == 40
     assert scores(stage)["Validation bpb"].value == 1.5
+    warned = [record.message for record in caplog.records]
+    assert len(warned) == 3
+    assert all(any(name in w for w in warned) for name in ("torn.json", "list.json", "/99 is no"))
 
 
 # --- numbers --------------------------------------------------------------------------------------

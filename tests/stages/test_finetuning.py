@@ -186,7 +186,7 @@ def test_sft_of_2025_has_a_conversation_a_row_and_resumes_exactly(here, script, 
 def test_moments_are_kept_but_schedules_and_hyper_parameters_begin_anew(here, script, whole):
     stage = one_stage(run="warm")
     state = stage.initial_state()
-    with Checkpoints(stage.source.folder, read_only=True) as checkpoints:
+    with Checkpoints(stage.source.folder) as checkpoints:
         meta = checkpoints.meta(BASE_STEPS)
     base = load_model(stage.source.folder)
     for name, value in base.params.items():
@@ -346,9 +346,7 @@ def test_another_tokenizer_is_noticed(here, base, script):
         other.save(script.folder(name) / "tokenizer")
         with pytest.raises(ValueError, match=r"is not the tokenizer that .* was trained with"):
             finetune("sft", sft(source=name, run="refused"))
-    with pytest.raises(
-        ValueError, match="has 310 tokens, but the model was trained with one of 300"
-    ):
+    with pytest.raises(ValueError, match="has 310 tokens, that one 300"):
         load_model(script.folder("larger"))
 
 

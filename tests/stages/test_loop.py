@@ -13,13 +13,12 @@ import pytest
 
 from nanochat_jax.runs import Tracker, cut_metrics, read_metrics
 from nanochat_jax.stages.loop import (
-    LoopProgress,
-    NonFiniteError,
     StopRequest,
     garbage_collector_paused,
     stop_on_signals,
     train,
 )
+from nanochat_jax.stages.saving import LoopProgress, NonFiniteError
 from nanochat_jax.stages.settings import RunSettings
 from nanochat_jax.train import TrainState
 

@@ -24,6 +24,7 @@ from script_runs import (
 
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import parse
+from nanochat_jax.runs import seal
 from nanochat_jax.stages.pretraining import make_stage, pretrain
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer
@@ -83,7 +84,7 @@ def test_a_run_leaves_a_whole_folder(script, whole):
     config = parse(PretrainConfig, "pretrain", ["--config", preset])
     assert (config.run, config.depth, config.resume) == ("whole", 1, False)
     assert Tokenizer.load(script.folder("whole") / "tokenizer").vocab_size == 300
-    with Checkpoints(script.folder("whole"), read_only=True) as checkpoints:
+    with Checkpoints(script.folder("whole")) as checkpoints:
         meta = checkpoints.meta(STEPS)
         assert checkpoints.meta(12)["val_bpb"] is None  # not measured at that step
     last = [record for record in whole if record["kind"] == "val"][-1]
@@ -170,7 +171,7 @@ def test_a_non_finite_loss_ends_the_run_and_overwrites_nothing(here, script, cap
     record = json.loads((script.folder("burnt") / "nonfinite.json").read_text())
     assert f"at step {record['step']}; " in capsys.readouterr().err
     assert set(record["loader"]["streams"]) == {str(stream) for stream in range(8)}
-    with Checkpoints(script.folder("burnt"), read_only=True) as checkpoints:
+    with Checkpoints(script.folder("burnt")) as checkpoints:
         assert all(step <= record["step"] for step in checkpoints.steps())
 
 
@@ -299,6 +300,7 @@ def test_eval_base_wants_a_data_set_for_a_run_that_has_none(call, script, whole)
     shutil.copytree(script.folder("whole"), script.folder("chat"))
     meta = script.folder("chat") / "checkpoints" / str(STEPS) / "meta" / "metadata"
     meta.write_text(meta.read_text().replace('"dataset":', '"tasks":'))
+    seal(meta.parents[1])
     assert "chat was not trained on a data set; name one with --dataset" in call(
         "eval_base.py", "--run=chat", "--n-devices=1"
     )

@@ -126,7 +126,7 @@ def test_several_updates_with_ratio_and_divergence(here, base, script):
     assert first["mismatch"] < 1e-5 < first["drift"]
     assert first["lr_multiplier"] == 0.4
     assert second["lr_multiplier"] == pytest.approx(0.2)
-    with Checkpoints(script.folder("grpo"), read_only=True) as checkpoints:
+    with Checkpoints(script.folder("grpo")) as checkpoints:
         assert checkpoints.latest() == 2  # steps, not updates
 
 
