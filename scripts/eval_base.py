@@ -26,6 +26,7 @@ from nanochat_jax.evals.generation import PROMPTS
 from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.runs import record_evaluation, run_folder
 from nanochat_jax.sharding import make_mesh
+from nanochat_jax.stages.pretraining import long_documents_of
 from nanochat_jax.stages.stage import make_sample, validation_rows
 from nanochat_jax.train import make_eval_step, put_batch
 
@@ -124,6 +125,7 @@ def measure_bpb(config: EvalBaseConfig, loaded: LoadedModel, mesh: Mesh) -> dict
         rows=config.device_batch_size * mesh.size,
         sequence_len=loaded.model.config.sequence_len,
         n_tokens=config.eval_tokens,
+        long_documents=long_documents_of(loaded.meta, data_set(config, loaded)),
     )
     batches = (put_batch(part, 1, mesh) for part in rows)
     eval_step = make_eval_step(loaded.model, mesh)

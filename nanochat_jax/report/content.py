@@ -214,6 +214,7 @@ def _stage_table(chain: Chain) -> Table:
     for stage in chain:
         speed = stage.series("train", "tokens_per_s")[1][1:]
         mfu = stage.series("train", "mfu")[1][1:]
+        cropped = stage.series("train", "cropped_share")[1]
         rows.append(
             [
                 Cell(stage.title, stage.name),
@@ -222,9 +223,10 @@ def _stage_table(chain: Chain) -> Table:
                 duration(stage.seconds),
                 big(sum(speed) / len(speed)) if speed else NOTHING,
                 f"{100 * sum(mfu) / len(mfu):.1f} %" if mfu else NOTHING,
+                f"{100 * cropped[-1]:.1f} %" if cropped else NOTHING,
             ]
         )
-    return Table(["Stage", "Steps", "Tokens", "Time", "Tokens/s", "MFU"], rows)
+    return Table(["Stage", "Steps", "Tokens", "Time", "Tokens/s", "MFU", "Cropped"], rows)
 
 
 def _samples(chain: Chain) -> list[Block]:

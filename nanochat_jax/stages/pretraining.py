@@ -7,26 +7,38 @@ for whatever wants to look at one without training.
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from shlex import quote
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import scaling
-from nanochat_jax.data.loader import RowLoader, choose_streams
-from nanochat_jax.data.shards import Shards, list_shards
-from nanochat_jax.data.text import train_loader
+from nanochat_jax.data.loader import choose_streams
+from nanochat_jax.data.packing import LongDocuments
+from nanochat_jax.data.shards import HUB_DATASETS, Shards, dataset_folder, list_shards
+from nanochat_jax.data.text import TextLoader, cropped_share, train_loader
+from nanochat_jax.distributed import say
 from nanochat_jax.gpt import make_model
 from nanochat_jax.optim import OptimConfig
-from nanochat_jax.runs import digest, read_meta, run_folder
+from nanochat_jax.runs import check_fingerprint, digest, read_meta, read_metrics, run_folder
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages.loop import run
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.stages.stage import Stage, TrainStep, validation_rows
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
-from nanochat_jax.train import Batch, TrainState, init_state, make_train_step, put_batch
+from nanochat_jax.train import (
+    Batch,
+    Metrics,
+    TrainState,
+    init_state,
+    make_train_step,
+    put_arrays,
+)
+
+MUCH_CROPPED = 0.1  # worth a word about how not to
 
 # --- deciding -------------------------------------------------------------------------------------
 
@@ -74,6 +86,7 @@ def make_stage(config: PretrainConfig) -> "PretrainStage":
             config,
             dtype=cast(Any, np.dtype(model.dtype).name),
             data_streams=streams,
+            long_documents=choose_long_documents(config),
         ),
         model=model,
         tokenizer=tokenizer,
@@ -89,12 +102,82 @@ def make_stage(config: PretrainConfig) -> "PretrainStage":
     )
 
 
+def choose_long_documents(config: PretrainConfig) -> LongDocuments:
+    """What the run does, or the run that is resumed did, with documents longer than a row.
+
+    ValueError where another thing is asked for than the run was begun with.
+    """
+    begun = read_meta(run_folder(config.run)) if config.resume else {}
+    if not begun:
+        return config.long_documents or usual_long_documents(config.dataset)
+    then = long_documents_of(begun, config.dataset)
+    now = config.long_documents or then
+    check_fingerprint(run_folder(config.run), {"long_documents": then}, {"long_documents": now})
+    return then
+
+
+def usual_long_documents(dataset: str) -> LongDocuments:
+    """The published data sets are cropped, as the original does; all other text continues."""
+    published = [dataset_folder(name).resolve() for name in HUB_DATASETS]
+    return "crop" if dataset_folder(dataset).resolve() in published else "continue"
+
+
+def long_documents_of(meta: dict[str, Any], dataset: str) -> LongDocuments:
+    """The setting that the run of a checkpoint was trained with.
+
+    Runs from before it was one cropped; for those of other stages the data set says what is usual.
+    """
+    settings = meta.get("config", {})
+    usual = "crop" if "dataset" in settings else usual_long_documents(dataset)
+    return settings.get("long_documents") or usual
+
+
 def pretrain(config: PretrainConfig) -> int:
     """Trains, or resumes; returns the exit code."""
     return run(make_stage(config))
 
 
 # --- the stage ------------------------------------------------------------------------------------
+
+
+class TextRows(NamedTuple):
+    """This process's rows of a step, and tokens cropped so far for each token packed."""
+
+    rows_RT: np.ndarray  # T+1 tokens
+    cropped_ratio: float
+
+
+class TextBatch(NamedTuple):
+    """A batch, and the share cropped of all tokens read so far, over all processes."""
+
+    batch: Batch
+    cropped_share: Any
+
+
+class CountingLoader:
+    """A text loader whose rows come with how much has been cropped."""
+
+    def __init__(self, loader: TextLoader):
+        self._loader = loader
+        self.get_state = loader.get_state
+
+    def __next__(self) -> TextRows:
+        rows_RT = next(self._loader)
+        cropped, packed = self._loader.cropped_and_packed
+        return TextRows(rows_RT, cropped / packed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loader.close()
+
+
+@jax.jit
+def mean_cropped_share(ratio_AB: jax.Array) -> jax.Array:
+    """Of the ratio of each row's process: all of them have packed equally much."""
+    ratio = jnp.mean(ratio_AB)
+    return ratio / (1 + ratio)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,11 +188,19 @@ class PretrainStage(Stage):
     rows: int  # of a step, over all devices and micro-batches
     streams: int
 
+    @property
+    def long_documents(self) -> LongDocuments:
+        assert self.config.long_documents is not None  # make_stage has decided
+        return self.config.long_documents
+
     def fingerprint(self) -> dict[str, Any]:
         files = [*self.shards.train, *self.shards.val]
+        # Runs from before this could be chosen cropped, and have no such entry.
+        is_new = self.long_documents == "continue"
+        continues = {"long_documents": "continue"} if is_new else {}
         return {
             **super().fingerprint(),
-            "batch": {"tokens": self.plan.total_batch_size, "streams": self.streams},
+            "batch": {"tokens": self.plan.total_batch_size, "streams": self.streams, **continues},
             "data": {
                 "training shards": len(self.shards.train),
                 "validation shard": self.shards.val[0].name,
@@ -134,6 +225,20 @@ class PretrainStage(Stage):
             table.add_row(*column)
         Console(width=None if sys.stdout.isatty() else 120).print(table)
         self.say_devices(f", {len(self.shards.train)} training shards, {self.streams} streams")
+        self.say_cropped()
+
+    def say_cropped(self) -> None:
+        if self.long_documents == "continue":
+            say("cropped: 0.0 % of the tokens; long documents continue in rows of their own")
+            return
+        row = self.plan.config.sequence_len
+        share = cropped_share(self.shards, self.tokenizer, row)
+        say(f"cropped: {100 * share:.1f} % of the tokens of the first documents, to fill rows")
+        if share > MUCH_CROPPED and usual_long_documents(self.config.dataset) != "crop":
+            say(
+                f"  the model never sees what follows a document's first {row} tokens or less: a "
+                "run with --long-documents continue has all of the text"
+            )
 
     def try_it(self) -> str:
         return f"python scripts/generate.py --run {quote(self.config.run)}"
@@ -142,24 +247,39 @@ class PretrainStage(Stage):
         key = jax.random.key(self.config.seed)
         return init_state(self.model, self.optimizer, self.mesh, key)
 
-    def loader(self, state: dict[str, Any] | None) -> RowLoader:
-        return train_loader(
+    def loader(self, state: dict[str, Any] | None) -> CountingLoader:
+        loader = train_loader(
             self.shards,
             self.tokenizer,
             rows=self.rows,
             sequence_len=self.plan.config.sequence_len,
             streams=self.streams,
+            long_documents=self.long_documents,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             state=state,
         )
+        return CountingLoader(loader)
 
-    def put(self, rows: np.ndarray) -> Batch:
-        return put_batch(rows, self.plan.grad_accum_steps, self.mesh)
+    def put(self, rows: TextRows) -> TextBatch:
+        ratio_R = np.full(len(rows.rows_RT), rows.cropped_ratio, np.float32)
+        arrays = (rows.rows_RT[:, :-1], rows.rows_RT[:, 1:], ratio_R)
+        inputs, targets, ratio_AB = put_arrays(arrays, self.plan.grad_accum_steps, self.mesh)
+        return TextBatch(Batch(inputs, targets), mean_cropped_share(ratio_AB))
 
     def train_step(self) -> TrainStep:
         grad_clip = self.optim_config.grad_clip
-        return make_train_step(self.model, self.optimizer, self.mesh, grad_clip=grad_clip)
+        step = make_train_step(self.model, self.optimizer, self.mesh, grad_clip=grad_clip)
+
+        def counted_step(state: TrainState, counted: TextBatch) -> tuple[TrainState, Metrics]:
+            state, metrics = step(state, counted.batch)
+            return state, {**metrics, "cropped_share": counted.cropped_share}
+
+        return counted_step
+
+    def totals(self) -> dict[str, int | float]:
+        shares = [r.get("cropped_share") for r in read_metrics(self.folder) if r["kind"] == "train"]
+        return {"cropped_share": round(shares[-1], 4)} if shares and shares[-1] is not None else {}
 
     def validation_rows(self):
         return validation_rows(
@@ -168,4 +288,5 @@ class PretrainStage(Stage):
             rows=self.config.device_batch_size * self.mesh.size,
             sequence_len=self.plan.config.sequence_len,
             n_tokens=self.config.eval_tokens,
+            long_documents=self.long_documents,
         )

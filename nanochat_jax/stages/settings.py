@@ -117,6 +117,9 @@ class PretrainConfig(TrainSettings):
     # on what
     dataset: str = "climbmix"
     """climbmix, fineweb-edu, local, or a folder of Parquet shards."""
+    long_documents: Literal["crop", "continue"] | None = None
+    """Documents longer than a row: crop, as published, or continue in more rows (but for climbmix
+    and fineweb-edu)."""
     tokenizer: str = "default"
     """Name below tokenizer/, or a folder that tok_train.py wrote."""
 

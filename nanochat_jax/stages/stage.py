@@ -25,6 +25,7 @@ from nanochat_jax.checkpoint import (
     tokenizer_fingerprint,
 )
 from nanochat_jax.data.loader import choose_streams
+from nanochat_jax.data.packing import LongDocuments
 from nanochat_jax.data.shards import Shards
 from nanochat_jax.data.text import val_batches
 from nanochat_jax.devices import peak_flops
@@ -223,7 +224,13 @@ def find_source(name: str, step: str, stages: Sequence[str]) -> Source:
 
 
 def validation_rows(
-    shards: Shards, tokenizer: Tokenizer, *, rows: int, sequence_len: int, n_tokens: int
+    shards: Shards,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    sequence_len: int,
+    n_tokens: int,
+    long_documents: LongDocuments,
 ) -> Iterator[np.ndarray]:
     """This process's validation rows, in batches of `rows` over all processes.
 
@@ -239,6 +246,7 @@ def validation_rows(
         sequence_len=sequence_len,
         n_batches=max(1, n_tokens // (round_rows * sequence_len)),
         streams=streams,
+        long_documents=long_documents,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
