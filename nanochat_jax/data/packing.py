@@ -25,7 +25,7 @@ import numpy as np
 ARRIVAL_BITS = 64  # a key of the buffer is length · 2^64 + arrival number
 # A continuing packer's buffer: rows of text to choose from, and documents to take turns. More would
 # only delay the later pieces of long documents, and a short run would learn from beginnings alone.
-BUFFER_ROWS, TURNS = 64, 16
+BUFFER_ROWS, TURNS = 64, 8
 
 type LongDocuments = Literal["crop", "continue"]
 

@@ -21,7 +21,13 @@ from shard_tools import write_shard
 from nanochat_jax.data.loader import merge_states
 from nanochat_jax.data.packing import BestFitPacker, Document
 from nanochat_jax.data.shards import DocumentBlocks, Shards
-from nanochat_jax.data.text import REFILL_DOCS, stream_text, train_loader, val_batches
+from nanochat_jax.data.text import (
+    REFILL_DOCS,
+    cropped_share,
+    stream_text,
+    train_loader,
+    val_batches,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,8 +91,8 @@ def documents_of_rank(recorded: dict, case: dict) -> int:
     return count
 
 
-def naive_rows(paths: list[Path], tokenizer, stream: int, streams: int, row_len: int, n: int):
-    """A stream's rows from the definition: list the blocks, refill, scan."""
+def naive_packer(paths: list[Path], tokenizer, stream: int, streams: int, row_len: int):
+    """What packs a stream's rows, from the definition: list the blocks, refill, scan."""
     blocks = DocumentBlocks(paths, min_blocks=streams)
     deliver = (
         [
@@ -97,8 +103,7 @@ def naive_rows(paths: list[Path], tokenizer, stream: int, streams: int, row_len:
         for texts in [blocks[(stream + visit * streams) % len(blocks)]]
         for at in range(0, len(texts), REFILL_DOCS)
     )
-    packer = BestFitPacker(row_len, 100, lambda: next(deliver))
-    return [packer.row() for _ in range(n)]
+    return BestFitPacker(row_len, 100, lambda: next(deliver))
 
 
 def test_rows_of_a_step_are_ordered_by_stream(shards, byte_tokenizer):
@@ -107,15 +112,18 @@ def test_rows_of_a_step_are_ordered_by_stream(shards, byte_tokenizer):
     )
     steps = take(loader, 6)
     for stream in range(4):
-        expected = naive_rows(shards.train, byte_tokenizer, stream, 4, 49, 18)
+        packer = naive_packer(shards.train, byte_tokenizer, stream, 4, 49)
+        expected = [packer.row() for _ in range(18)]
         ours = [row for step in steps for row in step[stream * 3 : stream * 3 + 3]]
         np.testing.assert_array_equal(ours, expected)
     assert all(step.shape == (12, 49) and step.dtype == np.int32 for step in steps)
 
 
+@pytest.mark.parametrize("long_documents", ["crop", "continue"])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_together_give_the_rows_of_one(shards, byte_tokenizer, processes):
+def test_processes_together_give_the_rows_of_one(shards, byte_tokenizer, processes, long_documents):
     shape = {"rows": 8, "sequence_len": 64, "streams": 4, "buffer_docs": 50}
+    shape |= {"long_documents": long_documents}
     alone = take(train_loader(shards, byte_tokenizer, **shape), 5)
     parts = [
         take(
@@ -131,12 +139,13 @@ def test_processes_together_give_the_rows_of_one(shards, byte_tokenizer, process
 # ---- interruption ----------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     streams=st.sampled_from([1, 2, 3]),
     rows_per_stream=st.integers(1, 3),
     sequence_len=st.integers(8, 120),
     buffer_docs=st.sampled_from([1, 20, 150, 1500]),
+    long_documents=st.sampled_from(["crop", "continue"]),
     steps=st.integers(0, 12),
 )
 def test_the_same_rows_follow_after_restoring_from_json(
@@ -146,6 +155,7 @@ def test_the_same_rows_follow_after_restoring_from_json(
     rows_per_stream,
     sequence_len,
     buffer_docs,
+    long_documents,
     steps,
 ):
     shape = {
@@ -153,19 +163,21 @@ def test_the_same_rows_follow_after_restoring_from_json(
         "sequence_len": sequence_len,
         "streams": streams,
         "buffer_docs": buffer_docs,
+        "long_documents": long_documents,
     }
     with train_loader(interrupted_shards, byte_tokenizer, **shape) as loader:
         for _ in range(steps):
             next(loader)
         state = json.loads(json.dumps(loader.get_state()))
         expected = [next(loader) for _ in range(6)]
-        later = loader.get_state()
+        later, counts = loader.get_state(), loader.cropped_and_packed
     with train_loader(interrupted_shards, byte_tokenizer, state=state, **shape) as resumed:
         assert resumed.get_state() == state
         for done, rows in enumerate(expected):
             assert resumed.step == steps + done
             np.testing.assert_array_equal(next(resumed), rows)
         assert resumed.get_state() == later
+        assert resumed.cropped_and_packed == counts
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +191,10 @@ def interrupted_shards(tmp_path_factory) -> Shards:
     return Shards(train=paths[:-1], val=paths[-1:])
 
 
-def test_another_number_of_processes_can_resume(shards, byte_tokenizer):
+@pytest.mark.parametrize("long_documents", ["crop", "continue"])
+def test_another_number_of_processes_can_resume(shards, byte_tokenizer, long_documents):
     shape = {"rows": 8, "sequence_len": 40, "streams": 4, "buffer_docs": 64}
+    shape |= {"long_documents": long_documents}
 
     def loaders(count: int, state=None):
         return [
@@ -226,6 +240,7 @@ RUN = """
         sequence_len=64,
         streams=2,
         buffer_docs=99,
+        long_documents=sys.argv[4],
     )
     for rows in loader:
         line = {"rows": rows.tolist(), "state": loader.get_state()}
@@ -233,7 +248,8 @@ RUN = """
 """
 
 
-def test_kill_9_at_any_moment_loses_nothing(shards, byte_tokenizer, tmp_path):
+@pytest.mark.parametrize("long_documents", ["crop", "continue"])
+def test_kill_9_at_any_moment_loses_nothing(shards, byte_tokenizer, tmp_path, long_documents):
     """A process is killed while it works; the last state it printed gives exactly what follows."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(RUN), encoding="utf-8")
@@ -241,7 +257,14 @@ def test_kill_9_at_any_moment_loses_nothing(shards, byte_tokenizer, tmp_path):
     here = str(Path(__file__).parent)
     with out.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, str(script), here, str(ROOT), str(shards.train[0].parent)],
+            [
+                sys.executable,
+                str(script),
+                here,
+                str(ROOT),
+                str(shards.train[0].parent),
+                long_documents,
+            ],
             stdout=stream,
         )
         while out.stat().st_size < 200_000 and process.poll() is None:
@@ -252,10 +275,78 @@ def test_kill_9_at_any_moment_loses_nothing(shards, byte_tokenizer, tmp_path):
     lines = [json.loads(line) for line in whole_lines]
     assert len(lines) > 3
     shape = {"rows": 4, "sequence_len": 64, "streams": 2, "buffer_docs": 99}
+    shape |= {"long_documents": long_documents}
     for line, following in [(lines[0], lines[1:4]), (lines[-2], lines[-1:])]:
         with train_loader(shards, byte_tokenizer, state=line["state"], **shape) as loader:
             for expected in following:
                 np.testing.assert_array_equal(next(loader), expected["rows"])
+
+
+def test_a_state_from_before_documents_could_continue_is_one_of_cropping(shards, byte_tokenizer):
+    shape = {"rows": 4, "sequence_len": 30, "streams": 2}
+    with train_loader(shards, byte_tokenizer, long_documents="crop", **shape) as loader:
+        for _ in range(5):
+            next(loader)
+        state = json.loads(json.dumps(loader.get_state()))
+        expected = [next(loader) for _ in range(5)]
+    del state["long_documents"]
+    for stream in state["streams"].values():
+        assert stream.keys() - {"packed", "cropped"} == {"next", "tokens", "buffer"}
+        del stream["packed"], stream["cropped"]
+    with train_loader(
+        shards, byte_tokenizer, long_documents="crop", state=state, **shape
+    ) as resumed:
+        np.testing.assert_array_equal([next(resumed) for _ in range(5)], expected)
+        assert resumed.cropped_and_packed[1] == 5 * 4 * 31  # known from here on
+    with pytest.raises(ValueError, match="long_documents = crop, this run has continue"):
+        train_loader(shards, byte_tokenizer, long_documents="continue", state=state, **shape)
+
+
+# ---- what is lost ----------------------------------------------------------------------------
+
+
+def test_what_was_cropped_up_to_a_step_is_known(shards, byte_tokenizer):
+    shape = {"rows": 4, "sequence_len": 48, "streams": 4, "buffer_docs": 100}
+    packers = [naive_packer(shards.train, byte_tokenizer, s, 4, 49) for s in range(4)]
+    parts = [
+        train_loader(shards, byte_tokenizer, process_index=p, process_count=2, **shape)
+        for p in range(2)
+    ]
+    with train_loader(shards, byte_tokenizer, **shape) as loader, parts[0], parts[1]:
+        for step in range(1, 30):
+            for source in (loader, *parts):
+                next(source)
+            for packer in packers:
+                packer.row()
+            cropped = sum(packer.cropped for packer in packers)
+            assert loader.cropped_and_packed == (cropped, 4 * 49 * step)
+            of_parts = [part.cropped_and_packed for part in parts]
+            assert tuple(map(sum, zip(*of_parts, strict=True))) == loader.cropped_and_packed
+    assert cropped > 0
+    shape |= {"long_documents": "continue"}
+    with train_loader(shards, byte_tokenizer, **shape) as loader:
+        next(loader)
+        assert loader.cropped_and_packed == (0, 4 * 49)
+
+
+@pytest.mark.parametrize(("length", "share"), [(299, 2 / 3), (99, 0), (149, 1 / 3), (9, 0)])
+def test_the_share_that_cropping_loses_is_measured(make_shards, byte_tokenizer, length, share):
+    """Of documents that fill a row of 100 exactly, or three, or one and a half, or a tenth."""
+    shards = make_shards([[["x" * length] * 300], [["y"]]])
+    assert cropped_share(shards, byte_tokenizer, 99) == pytest.approx(share, abs=0.005)
+
+
+def test_a_text_of_a_few_long_documents_is_read_to_its_end(make_shards, byte_tokenizer):
+    """Each stream's documents take turns, and none starts again before it is used up."""
+    books = [chr(ord("A") + i) * 400 for i in range(24)]
+    shards = make_shards([[books], [books[:1]]])
+    shape = {"rows": 16, "sequence_len": 40, "streams": 8, "long_documents": "continue"}
+    with train_loader(shards, byte_tokenizer, **shape) as loader:
+        steps = [next(loader) for _ in range(24 * 10 // 16)]  # a row holds 40 letters
+    used = np.bincount(np.concatenate(steps).ravel(), minlength=257)[ord("A") :][:24]
+    assert all(used == 400)
+    for step in steps[:12]:
+        assert len({bytes(row[1:2].astype(np.uint8)) for row in step}) == 16
 
 
 # ---- mistakes --------------------------------------------------------------------------------
@@ -325,8 +416,12 @@ def test_close_ends_the_threads(shards, byte_tokenizer):
 # ---- validation ------------------------------------------------------------------------------
 
 
-def test_validation_is_the_same_each_time_and_on_any_number_of_processes(shards, byte_tokenizer):
+@pytest.mark.parametrize("long_documents", ["crop", "continue"])
+def test_validation_is_the_same_each_time_and_on_any_number_of_processes(
+    shards, byte_tokenizer, long_documents
+):
     shape = {"rows": 8, "sequence_len": 32, "n_batches": 3, "streams": 4}
+    shape |= {"long_documents": long_documents}
     first = list(val_batches(shards, byte_tokenizer, **shape))
     again = list(val_batches(shards, byte_tokenizer, **shape))
     np.testing.assert_array_equal(first, again)
@@ -368,3 +463,25 @@ def test_three_documents_are_enough_to_validate_on(make_shards, byte_tokenizer):
     first, second = val_batches(shards, byte_tokenizer, rows=8, sequence_len=20, n_batches=2)
     assert first.shape == second.shape == (8, 21)
     assert set(np.concatenate([first, second]).ravel()) == {256, *b"abcdef"}
+
+
+def test_long_validation_documents_are_used_up_before_they_repeat(make_shards, byte_tokenizer):
+    """Five documents of one stream: in each pass every byte of theirs comes once, in order."""
+    docs = ["".join(map(chr, range(33 + i, 127))) * 3 for i in range(5)]
+    shards = make_shards([[["train"]], [docs[:3], docs[3:]]])
+    batches = val_batches(
+        shards,
+        byte_tokenizer,
+        rows=1,
+        sequence_len=50,
+        n_batches=80,
+        streams=1,
+        long_documents="continue",
+    )
+    tokens = np.concatenate([batch[0] for batch in batches])
+    text = tokens[tokens != byte_tokenizer.bos_id]
+    total = sum(map(len, docs))
+    assert len(text) > 2 * total
+    one_pass = np.bincount(np.frombuffer("".join(docs).encode(), np.uint8))
+    for begin in (0, total):
+        np.testing.assert_array_equal(np.bincount(text[begin : begin + total]), one_pass)

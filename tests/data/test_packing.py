@@ -232,7 +232,7 @@ def test_the_buffer_in_order_of_arrival_is_the_whole_state(lengths, row_len, buf
 
 
 def test_long_documents_take_turns():
-    """Of 40 books none gives two rows before the other 15 of the buffer gave one."""
+    """Of 40 books none gives a row again before the others of the buffer gave one."""
     packer = continuing(told_apart([900] * 40), 30)
     first = [row[1] // 1000 for row in (packer.row() for _ in range(20 * TURNS))]
     for begin in range(0, len(first), TURNS):
