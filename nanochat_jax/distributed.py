@@ -102,9 +102,17 @@ def provenance() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
+        "cpu_cores": cpu_cores(),
         "n_devices": jax.device_count(),
         "n_processes": jax.process_count(),
     }
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use: XLA divides its sums among as many."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@
 The second stage of 2025's recipe; scripts/sft.py is the third. Without --tasks it takes those of
 the recipe where their data is there (scripts/prefetch.py), and otherwise tasks that the program
 makes itself. Everything goes to runs/NAME (d20 gives d20-mid). SIGTERM and Ctrl-C save and end the
-run; --resume continues it, bit for bit on a CPU.
+run; --resume continues it, bit for bit on as many CPU cores.
 """
 
 import sys

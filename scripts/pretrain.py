@@ -7,7 +7,7 @@
 
 Needs a tokenizer (scripts/tok_train.py) and a data set (scripts/download.py). Everything goes to
 runs/NAME: checkpoints, metrics.jsonl, the configuration, the tokenizer. SIGTERM and Ctrl-C save and
-end the run; --resume continues it, bit for bit on a CPU.
+end the run; --resume continues it, bit for bit on as many CPU cores.
 """
 
 import sys

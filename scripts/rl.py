@@ -7,7 +7,7 @@
 
 Needs a fine-tuned run (scripts/sft.py) and the task's data (scripts/prefetch.py). Everything goes
 to runs/NAME: checkpoints, metrics.jsonl, transcripts.jsonl. SIGTERM and Ctrl-C save and end the
-run; --resume continues it, bit for bit on a CPU.
+run; --resume continues it, bit for bit on as many CPU cores.
 """
 
 import sys

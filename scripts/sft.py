@@ -15,7 +15,7 @@ last twentieth is kept for validation.
 
 Without --tasks it takes those of the recipe where their data is there (scripts/prefetch.py), and
 otherwise tasks that the program makes itself. Everything goes to runs/NAME (d24 gives d24-sft).
-SIGTERM and Ctrl-C save and end the run; --resume continues it, bit for bit on a CPU.
+SIGTERM and Ctrl-C save and end the run; --resume continues it, bit for bit on as many CPU cores.
 """
 
 import sys

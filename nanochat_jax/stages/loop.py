@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from shlex import quote
@@ -322,7 +322,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGTERM and the first Ctrl-C ask the loop to save and end; the second one ends it."""
+    """SIGTERM, the first Ctrl-C and the terminal's end (SIGHUP) ask the loop to save and end.
+
+    The second Ctrl-C or SIGTERM ends it.
+    """
     stop = StopRequest()
     if jax.process_count() > 1:  # there the signal belongs to JAX's coordinator
         yield stop
@@ -331,10 +334,14 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def ask(number: int, frame: Any) -> None:
         stop.signal = signal.Signals(number).name
         # os.write: print cannot be called while a print is being interrupted.
-        os.write(2, f"\n{stop.signal}: finishing this step, then saving\n".encode())
-        signal.signal(number, before[number])
+        with suppress(OSError):  # there may be no terminal any more
+            os.write(2, f"\n{stop.signal}: finishing this step, then saving\n".encode())
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else before[number])
 
-    before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        numbers.append(signal.SIGHUP)
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
     finally:

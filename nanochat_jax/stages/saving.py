@@ -7,25 +7,37 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from shlex import quote
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax.checkpoint import Checkpoints, model_meta
+from nanochat_jax.config import write_atomically
 from nanochat_jax.data.loader import merge_states
-from nanochat_jax.distributed import gather_json, is_main_process, provenance, say
+from nanochat_jax.distributed import (
+    cpu_cores,
+    gather_json,
+    is_main_process,
+    provenance,
+    say,
+)
 from nanochat_jax.runs import (
+    CONFIG_FILE,
     DamagedError,
     check_fingerprint,
     cut_metrics,
+    read_sound,
     write_run_files,
 )
+from nanochat_jax.scaling import RECIPES
 from nanochat_jax.sharding import from_logical
 from nanochat_jax.stages.stage import Loader, Stage
 from nanochat_jax.train import TrainState, abstract_logical_state, make_state_to_logical
 
 NON_FINITE_FILE = "nonfinite.json"
+RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,8 @@ def begin(stage: Stage, checkpoints: Checkpoints) -> tuple[TrainState, LoopProgr
     if saved is None:
         step, state, progress, loader_state = None, stage.initial_state(), LoopProgress(), None
     else:
-        step, state, progress, loader_state = saved
+        step, state, progress, loader_state = saved[:4]
+    warn_of_another_end(stage, step or 0, saved.meta if saved else {})
     loader = stage.loader(loader_state)
     checkpoints.prepare()
 
@@ -79,10 +92,17 @@ def begin(stage: Stage, checkpoints: Checkpoints) -> tuple[TrainState, LoopProgr
     return state, progress, loader
 
 
-type Saved = tuple[int, TrainState, LoopProgress, dict[str, Any] | None]
+class SavedRun(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    state: TrainState
+    progress: LoopProgress
+    loader_state: dict[str, Any] | None
+    meta: dict[str, Any]
 
 
-def newest_whole(stage: Stage, checkpoints: Checkpoints) -> Saved | None:
+def newest_whole(stage: Stage, checkpoints: Checkpoints) -> SavedRun | None:
     """What the newest checkpoint that is not damaged holds; None for a run without checkpoints.
 
     Those after it are put aside, loudly. ValueError, and nothing is touched, if all are damaged.
@@ -106,7 +126,7 @@ def newest_whole(stage: Stage, checkpoints: Checkpoints) -> Saved | None:
     return None
 
 
-def read_checkpoint(stage: Stage, checkpoints: Checkpoints, step: int) -> Saved:
+def read_checkpoint(stage: Stage, checkpoints: Checkpoints, step: int) -> SavedRun:
     """What the loop goes on with; DamagedError where a part of it is not what was saved."""
     checkpoints.check(step)
     meta = checkpoints.meta(step, "identity", "progress")
@@ -115,7 +135,20 @@ def read_checkpoint(stage: Stage, checkpoints: Checkpoints, step: int) -> Saved:
     abstract = abstract_logical_state(stage.model, stage.optimizer, stage.mesh)
     state = from_logical(checkpoints.restore(step, abstract), stage.mesh)
     progress = LoopProgress(**{**meta["progress"], "done": tuple(meta["progress"]["done"])})
-    return step, state, progress, loader_state
+    return SavedRun(step, state, progress, loader_state, meta)
+
+
+def warn_of_another_end(stage: Stage, step: int, meta: dict[str, Any]) -> None:
+    """Says what will not be as it was, or will be, although nobody wants it."""
+    then, now = meta.get("provenance", {}).get("cpu_cores"), cpu_cores()
+    if then not in (None, now) and jax.default_backend() == "cpu":
+        say(f"WARNING: saved on {then} CPU cores, resumed on {now}: the last digits will differ")
+    burnt = read_sound(stage.folder / NON_FINITE_FILE)
+    if burnt.get("step", -1) >= step:
+        say(
+            f"WARNING: this run has met {burnt['what']} at step {burnt['step']}, and will again "
+            f"unless the fault was the machine's; {lower_rates(stage)}"
+        )
 
 
 def make_save(stage: Stage, checkpoints: Checkpoints, loader: Loader) -> Save:
@@ -163,10 +196,34 @@ def report_non_finite(stage: Stage, error: NonFiniteError) -> int:
     loader_state = merge_over_processes(error.loader_state)
     found = {"step": error.step, "what": error.what, "loader": loader_state}
     if is_main_process():
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_atomically(path, json.dumps(found, indent=1))
         print(
-            f"error: {error}; {path} describes the batch. Nothing was overwritten: --resume "
-            "continues from the last checkpoint, with a lower learning rate only as another --run",
+            f"error: {error}; {path} describes the batch. Nothing was overwritten, but --resume "
+            f"would repeat the same steps to the same end; {lower_rates(stage)}",
             file=sys.stderr,
         )
     return 1
+
+
+def lower_rates(stage: Stage) -> str:
+    """The way out of a loss that is not finite: the command of a run with a tenth of the rates.
+
+    At most the recipe's own: far too high ones are back in their range at once.
+    """
+    optim, recipe = stage.optim_config, RECIPES[stage.optim_config.recipe]
+    rates = {name: (getattr(optim, name), getattr(recipe, name)) for name in RATES}
+    if stage.source is None:
+        lower = {name: min(rate / 10, usual) for name, (rate, usual) in rates.items() if rate}
+    else:  # its share of the source's rates, and those that it has set itself
+        lower = {"lr_frac": min(optim.lr_frac, 1.0) / 10}
+        lower |= {
+            name: usual
+            for name, (rate, usual) in rates.items()
+            if rate > usual and getattr(stage.config, name, None) is not None
+        }
+    flags = " ".join(f"--{name.replace('_', '-')} {rate:.3g}" for name, rate in lower.items())
+    return (
+        "start another run with lower learning rates, here a tenth: "
+        f"python scripts/{stage.name}.py --config {quote(str(stage.folder / CONFIG_FILE))} "
+        f"--run {quote(stage.config.run + '-lower')} {flags}"
+    )

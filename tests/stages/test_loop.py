@@ -210,6 +210,24 @@ def test_a_request_to_stop_saves_once_and_the_trace_stays_the_same(world, tmp_pa
         assert run.trace() == whole.trace()
 
 
+def test_the_end_of_the_terminal_saves_but_not_under_nohup(world, monkeypatch):
+    world.before_step = lambda step: step == 1 and os.kill(os.getpid(), signal.SIGHUP)
+    with stop_on_signals() as stop:
+        monkeypatch.setattr(os, "write", broken)  # there is no terminal any more
+        outcome = world.run(stop=stop)
+        os.kill(os.getpid(), signal.SIGHUP)  # shells send a second one
+    assert (int(outcome.state.step), outcome.stopped_by, max(world.saved)) == (2, "SIGHUP", 2)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal is None
+    signal.signal(signal.SIGHUP, before)
+
+
+def broken(*args):
+    raise BrokenPipeError
+
+
 def test_a_stop_during_measuring_leaves_it_for_the_resumed_run(world):
     with stop_on_signals() as stop:
 

@@ -5,7 +5,9 @@ run that nothing interrupted, whose records the others must repeat exactly.
 """
 
 import json
+import os
 import random
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -165,14 +167,22 @@ def test_another_number_of_devices_continues_with_the_same_losses(here, script, 
     np.testing.assert_allclose(*bpbs, rtol=1e-5)
 
 
-def test_a_non_finite_loss_ends_the_run_and_overwrites_nothing(here, script, capsys):
+def test_a_non_finite_loss_ends_the_run_and_its_advice_leads_out_of_it(call, script, capsys):
     settings = {"matrix_lr": 1e38, "save_every": 1, "keep_last": 1}
     assert pretrain(config(run="burnt", **settings)) == 1
     record = json.loads((script.folder("burnt") / "nonfinite.json").read_text())
-    assert f"at step {record['step']}; " in capsys.readouterr().err
+    advice = capsys.readouterr().err
+    assert f"at step {record['step']}; " in advice
     assert set(record["loader"]["streams"]) == {str(stream) for stream in range(8)}
-    with Checkpoints(script.folder("burnt")) as checkpoints:
-        assert all(step <= record["step"] for step in checkpoints.steps())
+    checkpoints = Checkpoints(script.folder("burnt"))
+    assert all(step <= record["step"] for step in checkpoints.steps())
+    # A resumed run says where it will end, and ends there.
+    assert pretrain(config(run="burnt", resume=True, **settings)) == 1
+    out, err = capsys.readouterr()
+    assert f"WARNING: this run has met loss is nan at step {record['step']}, and will" in out
+    assert err == advice
+    command = shlex.split(advice.strip().split("python scripts/pretrain.py ")[1])
+    assert "finished; try it" in call("pretrain.py", *command)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +243,67 @@ def test_a_run_begun_under_an_older_dial_goes_on_with_its_rates(here, script, mo
     assert began.batch_lr_scale == (1024 / 2**19) ** 0.5
     assert pretrain(config(**short, resume=True)) == 0
     assert script.steps("older") == {"1", "2"}
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def damaged(here, script, whole, request):
+    """A copy of the whole run; the last checkpoint's arrays are damaged."""
+    folder = script.folder(f"damaged-{request.node.name}")
+    shutil.copytree(script.folder("whole"), folder)
+    files = (folder / "checkpoints" / str(STEPS) / "opt_state").rglob("d/*")
+    damage(max(files, key=lambda path: path.stat().st_size))
+    return folder
+
+
+def test_a_damaged_last_checkpoint_is_put_aside_and_the_run_repeated(
+    damaged, script, whole, capsys
+):
+    assert pretrain(config(run=damaged.name, resume=True)) == 0
+    output = capsys.readouterr().out
+    (warning,) = [line for line in output.splitlines() if line.startswith("WARNING")]
+    assert f"checkpoints/{STEPS}/opt_state/" in warning
+    assert "the run goes back to step 12" in warning
+    assert script.trace(damaged.name) == whole
+    assert script.steps(damaged.name) == {"12", str(STEPS), f"damaged-{STEPS}-0"}
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(damaged, script):
+    damage(damaged / "checkpoints" / "12" / "meta" / "metadata")
+    before = sorted(damaged.rglob("*"))
+    with pytest.raises(ValueError, match=r"has no checkpoint that is whole: .*/14/.*; .*/12/m"):
+        pretrain(config(run=damaged.name, resume=True))
+    assert sorted(damaged.rglob("*")) == before
+
+
+def test_readers_name_the_step_that_is_whole(damaged, call):
+    flags = [f"--run={damaged.name}", "--max-tokens=2", "--prompt=the"]
+    assert "the" in call("generate.py", *flags)  # it does not read the optimizer's state
+    damage(damaged / "checkpoints" / str(STEPS) / "params" / "_METADATA")
+    message = call("generate.py", *flags)
+    assert f"checkpoints/{STEPS}/params/_METADATA is damaged" in message
+    assert "step 12 is whole (--step 12, --source-step 12)" in message
+    assert "the" in call("generate.py", *flags, "--step=12")
+    (damaged / "checkpoints" / "99").mkdir()  # a folder with a number
+    assert "checkpoints/99 is no whole checkpoint" in call("generate.py", *flags)
+    damage(damaged / "checkpoints" / "12" / "metrics" / "metrics")
+    assert "checkpoints/12/metrics/metrics is damaged" in call("generate.py", *flags, "--step=best")
+
+
+def test_another_number_of_cores_is_warned_of(here, script, whole, capsys, monkeypatch):
+    shutil.copytree(script.folder("whole"), script.folder("moved"))
+    cores = len(os.sched_getaffinity(0))
+    pretrain(config(run="moved", resume=True))
+    assert "cores" not in capsys.readouterr().out
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores + 1))
+    pretrain(config(run="moved", resume=True))
+    warning = f"WARNING: saved on {cores} CPU cores, resumed on {cores + 1}: the last digits"
+    assert warning in capsys.readouterr().out
 
 
 def test_overwrite_starts_again_and_samples_are_kept(here, script, whole):
