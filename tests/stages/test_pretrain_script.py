@@ -26,7 +26,8 @@ from script_runs import (
 
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import parse
-from nanochat_jax.runs import seal
+from nanochat_jax.data.shards import HUB_DATASETS
+from nanochat_jax.runs import CONFIG_FILE, seal
 from nanochat_jax.stages.pretraining import make_stage, pretrain
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer
@@ -131,15 +132,22 @@ def test_sigterm_kill_9_and_kill_9_while_saving_change_nothing(script, whole):
     assert script.steps("hunted") == {"12", str(STEPS)}  # nothing half-written is left
 
 
-def test_two_processes_train_as_one(script, whole, here):
-    """And what they saved together, one can continue."""
-    outputs = script.run_cluster(2, run="cluster", eval_every=0)
+def test_two_processes_train_as_one(script, cropping, here):
+    """And what they saved together, one can continue. Both know what all of them crop."""
+    outputs = script.run_cluster(2, run="cluster", eval_every=0, long_documents="crop")
     assert "step 00013" in outputs[0]
     assert "step 0" not in outputs[1]  # only the first one speaks
-    np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
+    expected, shares = script.losses("cropping"), cropped_shares(script, "cropping")
+    np.testing.assert_allclose(script.losses("cluster"), expected, rtol=1e-5)
+    np.testing.assert_allclose(cropped_shares(script, "cluster"), shares, rtol=1e-5)
     shutil.rmtree(script.folder("cluster") / "checkpoints" / str(STEPS))
     assert pretrain(config(run="cluster", resume=True)) == 0
-    np.testing.assert_allclose(script.losses("cluster"), script.losses("whole"), rtol=1e-5)
+    np.testing.assert_allclose(script.losses("cluster"), expected, rtol=1e-5)
+    np.testing.assert_allclose(cropped_shares(script, "cluster"), shares, rtol=1e-5)
+
+
+def cropped_shares(script: Script, run: str) -> list[float]:
+    return [r["cropped_share"] for r in script.trace(run) if r["kind"] == "train"]
 
 
 # --- the same, called directly --------------------------------------------------------------------
@@ -152,6 +160,15 @@ def here(base, monkeypatch):
 
 def config(**settings) -> PretrainConfig:
     return PretrainConfig(**(SETTINGS | {"n_devices": 1} | settings))
+
+
+@pytest.fixture
+def cropping(here, script) -> Path:
+    """The folder of a run that crops long documents, made once."""
+    folder = script.folder("cropping")
+    if not folder.is_dir():
+        assert pretrain(config(run="cropping", long_documents="crop")) == 0
+    return folder
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -183,6 +200,99 @@ def test_a_non_finite_loss_ends_the_run_and_its_advice_leads_out_of_it(call, scr
     assert err == advice
     command = shlex.split(advice.strip().split("python scripts/pretrain.py ")[1])
     assert "finished; try it" in call("pretrain.py", *command)
+
+
+# --- documents longer than a row ------------------------------------------------------------------
+
+
+def test_what_is_cropped_is_said_recorded_and_in_the_report(
+    here, script, whole, cropping, call, capsys
+):
+    shares = cropped_shares(script, "cropping")
+    assert 0.1 < shares[-1] < 0.8
+    assert set(cropped_shares(script, "whole")) == {0.0}
+    make_stage(config(long_documents="crop")).announce()
+    said = capsys.readouterr().out
+    measured = float(said.split("cropped: ")[1].split(" %")[0])
+    assert 10 < measured < 80
+    assert "a run with --long-documents continue has all of the text" in said
+    make_stage(config()).announce()
+    said = capsys.readouterr().out
+    assert "cropped: 0.0 % of the tokens" in said
+    assert "--long-documents" not in said
+    recorded = json.loads((cropping / "report" / "pretrain.json").read_text())
+    assert recorded["cropped_share"] == round(shares[-1], 4)
+    call("report.py", "cropping")
+    page = next(cropping.rglob("*.html")).read_text(encoding="utf-8")
+    assert f"{100 * shares[-1]:.1f} %" in page
+
+
+def test_the_published_data_sets_are_cropped_as_published(here, base, capsys):
+    for name in ("climbmix", "fineweb-edu"):
+        folder = base / "base_data" / name
+        shutil.copytree(base / "base_data" / "tiny", folder)
+        last = sorted(folder.iterdir())[-1]
+        last.rename(folder / f"shard_{HUB_DATASETS[name].last_shard:05d}.parquet")
+    for dataset in ("climbmix", "fineweb-edu", str(base / "base_data" / "climbmix")):
+        stage = make_stage(config(dataset=dataset))
+        assert stage.config.long_documents == "crop"
+        stage.announce()
+        said = capsys.readouterr().out
+        assert "cropped: " in said
+        assert "--long-documents" not in said  # it is the recipe's own
+    own = make_stage(config(dataset="climbmix", long_documents="continue"))
+    assert own.fingerprint()["batch"]["long_documents"] == "continue"
+    assert make_stage(config(dataset=str(base / "base_data" / "tiny"))).long_documents == "continue"
+
+
+def make_old(folder: Path, step: int) -> None:
+    """As a cropping run stopped at a step was before documents could continue."""
+    shutil.rmtree(folder / "checkpoints" / str({12: STEPS, STEPS: 12}[step]))
+    toml = (folder / CONFIG_FILE).read_text()
+    (folder / CONFIG_FILE).write_text(toml.replace('long_documents = "crop"\n', ""))
+    for path in (folder / "checkpoints" / str(step)).rglob("metadata"):
+        found = json.loads(path.read_text())
+        found.get("config", found).pop("long_documents", None)
+        for stream in found.get("streams", {}).values():
+            del stream["packed"], stream["cropped"]
+        path.write_text(json.dumps(found))
+    assert "long_documents" not in (folder / CONFIG_FILE).read_text()
+    seal(folder / "checkpoints" / str(step))
+
+
+def test_a_run_from_before_goes_on_cropping(here, script, cropping):
+    folder = script.folder("older-crop")
+    shutil.copytree(cropping, folder)
+    make_old(folder, 12)
+    with pytest.raises(ValueError, match="long_documents was crop, now continue"):
+        pretrain(config(run="older-crop", resume=True, long_documents="continue"))
+    preset = ["--config", str(folder / CONFIG_FILE), "--resume"]
+    assert pretrain(parse(PretrainConfig, "pretrain", preset)) == 0
+    assert script.losses("older-crop") == script.losses("cropping")
+    bpb = [
+        [r["bpb"] for r in script.trace(n) if r["kind"] == "val"]
+        for n in ("older-crop", "cropping")
+    ]
+    assert bpb[0] == bpb[1]
+
+
+def test_a_run_that_continues_documents_does_not_begin_to_crop(here, whole):
+    with pytest.raises(ValueError, match="long_documents was continue, now crop"):
+        pretrain(config(run="whole", resume=True, long_documents="crop"))
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_eval_base_packs_as_the_run_did(call, script, cropping, is_old):
+    last = [r for r in script.trace("cropping") if r["kind"] == "val"][-1]
+    name = "cropping"
+    if is_old:
+        name = "measured"
+        shutil.copytree(cropping, script.folder(name))
+        make_old(script.folder(name), STEPS)
+    flags = ["--n-devices=1", "--device-batch-size=2", "--eval-tokens=1024"]
+    output = call("eval_base.py", f"--run={name}", "--eval=bpb", *flags)
+    found = json.loads(output.strip().splitlines()[-1])
+    assert found["bpb"] == pytest.approx(last["bpb"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
