@@ -35,7 +35,7 @@ from nanochat_jax.evals.scoring import Scorer
 from nanochat_jax.runs import record_evaluation, run_folder
 from nanochat_jax.sandbox.run import isolation
 from nanochat_jax.sharding import make_mesh, own_mesh
-from nanochat_jax.tasks.registry import JSON, make_task, missing
+from nanochat_jax.tasks.registry import JSON, make_task, missing, split_names
 from nanochat_jax.tasks.task import Task, check_answered
 from nanochat_jax.train import make_own_gather
 
@@ -115,7 +115,7 @@ def main() -> None:
 def which_tasks(config: EvalChatConfig) -> list[str]:
     """The names of the tasks; ValueError where one cannot be measured on this machine."""
     if config.tasks:
-        names = list(dict.fromkeys(name.strip() for name in config.tasks.split(",")))
+        names = list(dict.fromkeys(split_names(config.tasks)))
         if "humaneval" in names and not config.allow_unsandboxed:
             isolation()  # says now, and not after an hour, that there is none
         return names

@@ -11,7 +11,8 @@ OpenAI messages ({"messages": [{"role": "user", "content": "Hi"}, …]}; an answ
 not learned), ShareGPT ({"conversations": [{"from": "human", "value": "Hi"}, …]}), Alpaca
 (instruction, input, output) or prompt and completion. What cannot be honoured, such as tool calls,
 images and preferences, is refused by name; without a validation file of its own (--val-tasks) the
-last twentieth is kept for validation.
+last twentieth is kept for validation. A name with commas, brackets or asterisks is quoted:
+--tasks 'json:"one, two.jsonl"*2,gsm8k'.
 
 Without --tasks it takes those of the recipe where their data is there (scripts/prefetch.py), and
 otherwise tasks that the program makes itself. Everything goes to runs/NAME (d24 gives d24-sft).

@@ -109,6 +109,10 @@ class RenderedDataset:
             return Rendered(tokens, np.ones_like(is_learned))
         return cut_to_row(tokens, is_learned, self.row_len, self._end_id)
 
+    def has_usable(self) -> bool:
+        """Whether any conversation has something to learn in a row."""
+        return any(self[i].mask.any() for i in range(len(self)))
+
     def _read(self, i: int) -> Any:
         """What cannot be read is no conversation to leave out: all others may be lost with it."""
         try:

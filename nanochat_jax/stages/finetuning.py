@@ -123,7 +123,7 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
     model = make_model(gpt_config, config.dtype, config.attention)
     momentum_start = DEFAULTS[name, gpt_config.recipe].momentum_start
     optim_config = finetune_optimizer(source, config, steps, momentum_start)
-    return FinetuneStage(
+    stage = FinetuneStage(
         name=name,
         config=replace(
             config,
@@ -147,6 +147,14 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
         streams=streams,
         grad_accum_steps=accumulation,
     )
+    if config.eval_every and not stage.validation.has_usable():
+        say(
+            f"warning: none of the {len(stage.validation):,} conversations kept for validation "
+            f"fits a row of {length} tokens, so the run is not measured; name others with "
+            "--val-tasks"
+        )
+        stage = replace(stage, config=replace(stage.config, eval_every=0))
+    return stage
 
 
 def with_defaults(
@@ -307,7 +315,7 @@ class FinetuneStage(Stage):
         return counted_step
 
     @cached_property
-    def _validation(self) -> RenderedDataset:
+    def validation(self) -> RenderedDataset:
         """Read once: a run is measured on the same conversations whatever becomes of their file."""
         return render_tasks(
             mixture(self.config.val_tasks, "test"),
@@ -317,7 +325,7 @@ class FinetuneStage(Stage):
         )
 
     def validation_rows(self) -> Iterator[PackedRows]:
-        source = self._validation
+        source = self.validation
         rows = self.rows // self.grad_accum_steps  # of a micro-batch, over all devices
         n_tokens = self.config.eval_tokens
         return validation_batches(source, self.tokenizer.bos_id, rows=rows, n_tokens=n_tokens)

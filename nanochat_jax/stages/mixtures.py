@@ -3,6 +3,7 @@
     smoltalk,mmlu-aux*3,gsm8k*4,spellingbee[2000]
 
 names tasks of tasks/registry.py; NAME*N is seen N times an epoch, NAME[N] is its first N examples.
+A file name with commas, brackets or asterisks is quoted: json:"one, two.jsonl"*3.
 """
 
 import re
@@ -24,7 +25,15 @@ from nanochat_jax.data.conversations import (
 from nanochat_jax.data.loader import choose_streams
 from nanochat_jax.distributed import say
 from nanochat_jax.tasks.mixture import Mixture, Slice
-from nanochat_jax.tasks.registry import make_task, missing, prepare, source_of
+from nanochat_jax.tasks.registry import (
+    JSON,
+    QUOTED,
+    make_task,
+    missing,
+    prepare,
+    source_of,
+    split_names,
+)
 from nanochat_jax.tasks.task import Task
 
 # (stage, recipe) -> training and validation tasks of the original.
@@ -44,7 +53,10 @@ VAL_EVERY = 20  # of other tasks without one, one example in so many is for vali
 
 VAL_SAMPLE = 512  # validation conversations from which their number of rows is estimated
 
-_TASK = re.compile(r"(?P<name>[^\[\]*]+)(\[(?P<limit>[1-9]\d*)\])?(\*(?P<times>[1-9]\d*))?")
+_TASK = re.compile(
+    rf"(?P<name>{JSON}(?:{QUOTED})|[^\[\]*]+)"
+    r"(\[(?P<limit>[1-9]\d*)\])?(\*(?P<times>[1-9]\d*))?"
+)
 
 
 class TaskSpec(NamedTuple):
@@ -69,12 +81,12 @@ class TaskNames(NamedTuple):
 def parse_tasks(text: str) -> list[TaskSpec]:
     """The tasks of a line of text; ValueError shows how they are named."""
     found = []
-    for word in text.split(","):
-        match = _TASK.fullmatch(word.strip())
+    for word in split_names(text):
+        match = _TASK.fullmatch(word)
         if match is None:
             raise ValueError(
-                f"cannot read the task {word.strip()!r} of {text!r}; tasks are named like "
-                "smoltalk,mmlu-aux*3,gsm8k[1000]"
+                f"cannot read the task {word!r} of {text!r}; tasks are named like smoltalk,"
+                'mmlu-aux*3,gsm8k[1000],json:"one, two.jsonl"'
             )
         limit, times = (match[group] and int(match[group]) for group in ("limit", "times"))
         found.append(TaskSpec(match["name"].strip(), limit or None, times or 1))

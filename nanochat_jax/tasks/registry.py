@@ -5,10 +5,15 @@
     identity, json:PATH                                                     files of conversations
     arithmetic, counting, spelling-local, choice, identity-local, dialogue  made here, no network
 
+A file whose name has commas, brackets or asterisks goes in quotes, and quotes in it are doubled:
+json:"one, two [3].jsonl". In a shell the whole goes in quotes of the other kind, and in a TOML file
+too: tasks = 'json:"one, two.jsonl",gsm8k'.
+
 `prepare([("gsm8k", "train"), …])` downloads the data that tasks lack; `make_task` makes one task.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,6 +74,27 @@ MADE_HERE: dict[str, Callable[[str, int | None], Task]] = {
     row[0]: partial(Synthetic, *row) for row in _SYNTHETIC
 }
 JSON = "json:"
+QUOTED = """"(?:[^"]|"")*"|'(?:[^']|'')*'"""
+_NAMED = re.compile(rf"\s*({JSON}(?:{QUOTED})[^,]*|[^,]*)(,?)")
+
+
+def split_names(text: str) -> list[str]:
+    """The tasks of a line of text, with commas between them that are not in a quoted file name."""
+    names, position, comma = [], 0, ","
+    while comma:
+        match = _NAMED.match(text, position)
+        assert match is not None  # the pattern matches anything
+        names.append(match[1].strip())
+        position, comma = match.end(), match[2]
+    return names
+
+
+def json_path(name: str) -> Path:
+    """The file that json:PATH or json:"PATH" names."""
+    path = name.removeprefix(JSON)
+    if re.fullmatch(QUOTED, path):
+        path = path[1:-1].replace(2 * path[0], path[0])
+    return Path(path).expanduser()
 
 
 def make_task(
@@ -93,7 +119,7 @@ def make_task(
     if name in OF_WORDS:
         return OF_WORDS[name](read_words(WORD_LIST.path), split, limit)
     if source is None:
-        task: Task = CustomJSON(Path(name.removeprefix(JSON)).expanduser())
+        task: Task = CustomJSON(json_path(name))
     elif source is IDENTITY:
         task = CustomJSON(IDENTITY.path, name)
     elif name == "humaneval":
@@ -109,7 +135,7 @@ def source_of(name: str, split: str) -> Source | None:
         return HUB_TASKS[name].split(name, split)
     splits = ("train",) if name == "identity" or name.startswith(JSON) else SPLITS
     if name not in OF_WORDS and name not in MADE_HERE and splits == SPLITS:
-        known = (*FROM_HUB, *OF_WORDS, "identity", *MADE_HERE, f"{JSON}PATH")
+        known = (*FROM_HUB, *OF_WORDS, "identity", *MADE_HERE, f'{JSON}"FILE"')
         raise ValueError(f"there is no task {name!r}; there are {', '.join(known)}")
     if split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split!r}")

@@ -70,6 +70,8 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
                 there = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"{path} has no column {', '.join(lacking)}; it has {there}")
             table = file.read(columns=schema.names)
+            if unread := _unread_fields(table.schema, schema):
+                raise ValueError(f"{path} has fields that are not read: {', '.join(unread)}")
     except (pa.ArrowException, OSError) as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -80,6 +82,21 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
         return table.select(schema.names).cast(schema)
     except pa.ArrowException as error:
         raise ValueError(f"{path} has columns of other types than it should: {error}") from None
+
+
+def _unread_fields(found: pa.Schema, wanted: pa.Schema) -> list[str]:
+    """Fields within the columns that a cast would drop; they could change what is learned."""
+    return [
+        f"{name}.{leaf}"
+        for name in wanted.names
+        for leaf in sorted(_leaves(found.field(name).type) - _leaves(wanted.field(name).type))
+    ]
+
+
+def _leaves(kind: pa.DataType) -> set[str]:
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name for i in range(kind.num_fields)}
+    return _leaves(kind.value_type) if hasattr(kind, "value_type") else set()
 
 
 def is_blank(column: pa.ChunkedArray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,11 +14,11 @@ import pytest
 from script_runs import Script, finish, n_train_records, wait_for
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
-from nanochat_jax.config import parse
+from nanochat_jax.config import parse, to_toml
 from nanochat_jax.data.conversations import first_batches
 from nanochat_jax.optim import lr_multiplier, muon_momentum
 from nanochat_jax.stages.finetuning import FinetuneStage, finetune, make_stage
-from nanochat_jax.stages.mixtures import TaskSpec, mixture, parse_tasks
+from nanochat_jax.stages.mixtures import TaskSpec, choose_tasks, mixture, parse_tasks
 from nanochat_jax.stages.pretraining import pretrain
 from nanochat_jax.stages.settings import FinetuneConfig, PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer
@@ -338,6 +339,23 @@ def test_a_few_conversations_are_enough(here, script, capsys, tmp_path):
         finetune("sft", sft(run="of one", **settings))
 
 
+@pytest.mark.parametrize("place", [0, 23, 60])
+def test_a_few_that_fit_among_many_are_enough(here, script, capsys, tmp_path, place):
+    path = tmp_path / "few of many.jsonl"
+    write_conversations(path, [900] * place + [20, 30, 40] + [900] * (61 - place))
+    settings = {"tasks": f"json:{path}", "num_iterations": 2, "eval_every": 2, "data_streams": 4}
+    assert finetune("sft", sft(run="of many", overwrite=True, **settings)) == 0
+    output = capsys.readouterr().out
+    assert f"{path}: 64 as messages" in output
+    unmeasured = place < 60
+    assert (", 58 dropped" if unmeasured else ", 60 dropped") in output
+    warning = "none of the 3 conversations kept for validation fits a row of 256 tokens"
+    assert (warning in output) == unmeasured
+    kinds = [record["kind"] for record in script.trace("of many")]
+    assert kinds.count("train") == 2
+    assert ("val" in kinds) != unmeasured
+
+
 def test_another_tokenizer_is_noticed(here, base, script):
     for name, words in (("larger", 310), ("as large", 300)):
         shutil.copytree(script.folder("base"), script.folder(name))
@@ -405,3 +423,25 @@ def test_tasks_are_named_with_parts_and_repetitions(here, tmp_path):
     assert [len(found) for found in texts.values()] == [76, 4]
     assert not set(texts["train"]) & set(texts["test"])
     assert len(set(texts["train"])) == 38
+
+
+AWKWARD = ["a, b.jsonl", "c [1]*.jsonl", " it's", 'say "hi", 2', "both '\"', here", "plain.jsonl"]
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_files_of_any_name_can_be_named(tmp_path, quote):
+    words = []
+    for number, name in enumerate(AWKWARD, 1):
+        write_conversations(tmp_path / name, [100 * number + i for i in range(40)])
+        quoted = str(tmp_path / name).replace(quote, 2 * quote)
+        words.append(f"json:{quote}{quoted}{quote}[{number}]*2")
+    tasks = ", ".join(words)
+    assert [(one.limit, one.times) for one in parse_tasks(tasks)] == [(n, 2) for n in range(1, 7)]
+    assert ", ".join(map(str, parse_tasks(tasks))) == tasks
+    preset = tmp_path / "preset.toml"
+    preset.write_text(to_toml(FinetuneConfig(tasks=tasks)))
+    read = parse(FinetuneConfig, "sft", ["--config", str(preset)])
+    chosen = choose_tasks("sft", "2026", read.tasks, "")
+    assert len(mixture(re.sub(r"\[\d\]\*2", "*2", chosen.train), "train")) == 6 * 2 * 38
+    assert len(mixture(chosen.val, "test")) == 6 * 2
+    assert parse_tasks(f"json:{tmp_path}/it's,gsm8k")[0].name.endswith("it's")

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat_jax.tasks.chats import SmolTalk
 from nanochat_jax.tasks.mixture import Mixture, Slice
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tasks.sources import HUB_TASKS
@@ -186,3 +187,11 @@ def test_real_data(real_data, monkeypatch):
             answer = content if isinstance(content, str) else content[-1]["text"]
             assert task.evaluate(task[i], answer), (name, i)
     assert len(make_task("humaneval", "test")) == 164
+
+
+def test_fields_within_messages_that_are_not_read_are_refused(tmp_path):
+    path = tmp_path / "00000.parquet"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    pq.write_table(pa.table({"messages": [talk] * 3, "source": ["x"] * 3}), path)
+    with pytest.raises(ValueError, match=rf"^{path} has fields that are not read: messages.weight"):
+        SmolTalk([path])
