@@ -44,6 +44,7 @@ from nanochat_jax.stages.mixtures import (
 )
 from nanochat_jax.stages.settings import FinetuneConfig
 from nanochat_jax.stages.stage import Source, Stage, TrainStep, find_source
+from nanochat_jax.tasks.mixture import Mixture
 from nanochat_jax.train import (
     Batch,
     Metrics,
@@ -109,10 +110,7 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
     rows = total_batch_size // length
     tokenizer = load_tokenizer(source.folder, source.meta)
     tasks = choose_tasks(name, gpt_config.recipe, config.tasks, config.val_tasks)
-    conversations = mixture(tasks.train, "train")
-    for note in conversations.notes:
-        say(note)
-    rendering = render_tasks(conversations, tokenizer, packing, length)
+    rendering = render_tasks(_read_training(tasks.train), tokenizer, packing, length)
     found = estimate_epoch(rendering, tokenizer.bos_id)
     steps = config.num_iterations
     if steps is None:
@@ -147,14 +145,18 @@ def make_stage(name: StageName, config: FinetuneConfig) -> "FinetuneStage":
         streams=streams,
         grad_accum_steps=accumulation,
     )
-    if config.eval_every and not stage.validation.has_usable():
-        say(
-            f"warning: none of the {len(stage.validation):,} conversations kept for validation "
-            f"fits a row of {length} tokens, so the run is not measured; name others with "
-            "--val-tasks"
-        )
-        stage = replace(stage, config=replace(stage.config, eval_every=0))
-    return stage
+    return (
+        stage
+        if stage.can_be_measured()
+        else replace(stage, config=replace(stage.config, eval_every=0))
+    )
+
+
+def _read_training(tasks: str) -> Mixture:
+    conversations = mixture(tasks, "train")
+    for note in conversations.notes:
+        say(note)
+    return conversations
 
 
 def with_defaults(
@@ -323,6 +325,17 @@ class FinetuneStage(Stage):
             self.rendering.packing,
             self.model.config.sequence_len,
         )
+
+    def can_be_measured(self) -> bool:
+        """Whether validation has something to learn; says so where it is wanted and has not."""
+        if not self.config.eval_every or self.validation.has_usable():
+            return True
+        say(
+            f"warning: none of the {len(self.validation):,} conversations kept for validation "
+            f"fits a row of {self.model.config.sequence_len} tokens, so the run is not measured; "
+            "name others with --val-tasks"
+        )
+        return False
 
     def validation_rows(self) -> Iterator[PackedRows]:
         source = self.validation
