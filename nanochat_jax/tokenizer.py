@@ -2,12 +2,15 @@
 
 Byte-level BPE with a regex split. The merges are learned in Rust (rustbpe/); tiktoken encodes. On
 disk a tokenizer is a folder of two text files: tokenizer.tiktoken, the rank file that tiktoken
-reads, and tokenizer.json with the split pattern, the special tokens and what it was trained on.
+reads, and tokenizer.json with the split pattern, the special tokens, what it was trained on, and
+the checksums by which `load` notices that one of the two has changed.
 """
 
 import base64
 import binascii
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice, pairwise
@@ -50,6 +53,8 @@ LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE},}}+")
 class ConversationError(ValueError):
     """A conversation that has no form in the chat format."""
 
+
+log = logging.getLogger(__name__)
 
 type TrainProgress = Callable[[str, int, int], object]
 
@@ -139,7 +144,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads what `save` wrote; ValueError names the file that is missing or damaged."""
+        """Reads what `save` wrote; ValueError names the file that is missing or damaged.
+
+        A folder from before there were checksums is read, and a warning says that it is not
+        verified.
+        """
         folder = Path(folder)
         description = _read_description(folder / DESCRIPTION_FILE)
         ranks = _read_ranks(folder / RANK_FILE)
@@ -148,6 +157,7 @@ class Tokenizer:
                 f"{folder / RANK_FILE} has {len(ranks)} tokens, but {DESCRIPTION_FILE} says "
                 f"{description['mergeable_tokens']}: they are not of the same tokenizer"
             )
+        _verify(folder, description)
         return cls(
             ranks,
             description["pattern"],
@@ -162,13 +172,16 @@ class Tokenizer:
         lines = [
             f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(self.ranks)
         ]
+        rank_text = "".join(lines)
         description = {
             "pattern": self.pattern,
             "mergeable_tokens": len(self.ranks),
             "special_tokens": list(self._special),
             "provenance": self.provenance,
+            "rank_file_sha256": hashlib.sha256(rank_text.encode()).hexdigest(),
         }
-        write_atomically(folder / RANK_FILE, "".join(lines))
+        description["sha256"] = _sha256_of(description)
+        write_atomically(folder / RANK_FILE, rank_text)
         write_atomically(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
 
     # --- encoding ---------------------------------------------------------------------------------
@@ -412,6 +425,10 @@ def _merge_system(
     return [question, *messages[1:]]
 
 
+DESCRIBED = {"pattern": str, "mergeable_tokens": int, "special_tokens": list}
+ALSO_DESCRIBED = {"provenance": dict, "rank_file_sha256": str, "sha256": str}
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -419,15 +436,42 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"there is no tokenizer at {path.parent}; train one with scripts/tok_train.py"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    keys = ("pattern", "mergeable_tokens", "special_tokens")
-    missing = [key for key in keys if key not in description]
+    missing = [key for key in DESCRIBED if key not in description]
     if missing:
         raise ValueError(
             f"{path} does not describe a nanochat_jax tokenizer: it lacks {', '.join(missing)}"
         )
+    known = DESCRIBED | ALSO_DESCRIBED
+    for key, value in description.items():
+        if key not in known or not isinstance(value, known[key]):
+            raise ValueError(f"{path} is damaged: {key!r} is not what it should be")
     return description
+
+
+def _sha256_of(description: Mapping[str, Any]) -> str:
+    """The checksum of a description, all but the checksum itself."""
+    content = {key: value for key, value in description.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _verify(folder: Path, description: Mapping[str, Any]) -> None:
+    """Compares the two files of a folder with their checksums, ValueError if one is another."""
+    if "sha256" not in description and "rank_file_sha256" not in description:
+        log.warning("%s is not verified: it is from before there were checksums", folder)
+        return
+    found = hashlib.sha256((folder / RANK_FILE).read_bytes()).hexdigest()
+    if description.get("sha256") != _sha256_of(description):
+        path = folder / DESCRIPTION_FILE
+    elif description.get("rank_file_sha256") != found:
+        path = folder / RANK_FILE
+    else:
+        return
+    raise ValueError(
+        f"{path} is damaged: its checksum is not the one in {DESCRIPTION_FILE}; copy the tokenizer "
+        "again, or train it again with scripts/tok_train.py"
+    )
 
 
 def _read_ranks(path: Path) -> list[bytes]:
@@ -435,7 +479,8 @@ def _read_ranks(path: Path) -> list[bytes]:
     if not path.is_file():
         raise ValueError(f"the rank file {path} is missing; train the tokenizer again")
     ranks: list[bytes] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    text = path.read_text(encoding="utf-8", errors="replace")  # no base64, so refused below
+    for number, line in enumerate(text.splitlines()):
         try:
             token, rank = line.split(" ")
             ranks.append(base64.b64decode(token, validate=True))

@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import pickle
+import random
 import re
 
 import numpy as np
@@ -258,6 +259,42 @@ def test_a_folder_that_is_not_whole(tokenizer, tmp_path, name, damage, message):
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_every_flipped_bit_of_a_saved_tokenizer_is_noticed(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    rng = random.Random(0)
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+        path = tmp_path / name
+        good = path.read_bytes()
+        for _ in range(150):
+            at = rng.randrange(len(good))
+            bad = bytearray(good)
+            bad[at] ^= 1 << rng.randrange(8)
+            path.write_bytes(bad)
+            with pytest.raises(ValueError, match=r".") as error:
+                Tokenizer.load(tmp_path)
+            assert str(tmp_path) in str(error.value), (name, at)
+        path.write_bytes(good)
+    assert Tokenizer.load(tmp_path).ranks == tokenizer.ranks
+
+
+def test_a_tokenizer_from_before_there_were_checksums(tokenizer, tmp_path, caplog):
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).ranks == tokenizer.ranks
+    assert not caplog.messages
+    path = tmp_path / "tokenizer.json"
+    described = json.loads(path.read_text())
+    del described["sha256"]
+    path.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"tokenizer.json is damaged"):  # half of them is damage
+        Tokenizer.load(tmp_path)
+    del described["rank_file_sha256"]
+    path.write_text(json.dumps(described))
+    assert Tokenizer.load(tmp_path).ranks == tokenizer.ranks
+    assert caplog.messages == [
+        f"{tmp_path} is not verified: it is from before there were checksums"
+    ]
 
 
 def test_rank_lists_that_cannot_be(tokenizer):
