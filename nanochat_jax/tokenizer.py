@@ -96,33 +96,30 @@ class Tokenizer:
     @classmethod
     def train(
         cls,
-        texts: Iterable[str] | None = None,
+        texts: Iterable[str],
         *,
-        parquet: Sequence[str | Path] = (),
         vocab_size: int,
         pattern: str = SPLIT_PATTERN,
-        column: str = "text",
         doc_cap: int | None = 10_000,
         max_chars: int | None = None,
         threads: int | None = None,
         progress: TrainProgress | None = None,
+        files: Sequence[str] = (),
     ) -> "Tokenizer":
-        """Learns the merges from `texts`, or straight from the `column` of Parquet files.
+        """Learns the merges from `texts`; `files` names where they are from, for the description.
 
         `vocab_size` includes the special tokens; a corpus too small for it gives fewer. Documents
         are cut to `doc_cap` characters; reading ends after the one that passes `max_chars`.
         `progress` is called about ten times a second with ("count", characters, max_chars or 0),
         then ("merge", done, total). Raises ValueError for input that cannot be trained on.
         """
-        if (texts is None) == (not parquet):
-            raise ValueError("train a tokenizer either on texts or on Parquet files")
         if isinstance(texts, str):
             raise ValueError("texts must yield documents, but it is one string")
         _check_limits(vocab_size, doc_cap=doc_cap, max_chars=max_chars, threads=threads)
         trained = _rustbpe.train(
             texts,
-            [Path(path) for path in parquet],
-            column=column,
+            [],
+            column="text",
             pattern=pattern,
             vocab_size=vocab_size - len(SPECIAL_TOKENS),
             doc_cap=doc_cap,
@@ -134,7 +131,7 @@ class Tokenizer:
             "requested_vocab_size": vocab_size,
             "doc_cap": doc_cap,
             "max_chars": max_chars,
-            "files": [Path(path).name for path in parquet],
+            "files": list(files),
             "documents": trained["documents"],
             "chars": trained["chars"],
             "bytes": trained["bytes"],

@@ -8,9 +8,10 @@
 Shards from the hub are downloaded in parallel and verified, and what an earlier run has downloaded
 is kept; the fixed validation shard always comes along. HF_ENDPOINT names another hub or a mirror.
 
-Your own .parquet (column text), .jsonl (key text), .txt and .md files are shuffled, deduplicated
-and cut into training and validation shards; then train with --dataset NAME. A folder that holds
-such shards already is used where it lies, with --dataset PATH.
+Your own .parquet (column text), .jsonl or .json (key text), .txt and .md files, also as .gz or
+.zst, are shuffled, deduplicated and divided into training and validation shards; then train with
+--dataset NAME. Files named after splits (train-…, validation-…) stay in theirs, test-… is left out.
+A folder of Parquet files is used where it lies, with --dataset PATH.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class DownloadConfig:
     shards: int = 8
     """Training shards from the hub, about 100 MB each; the validation shard comes on top."""
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """A folder with .parquet, .jsonl, .txt or .md files to make shards of."""
+    """A folder with .parquet, .jsonl, .json, .txt or .md files (or .gz, .zst of these)."""
     name: str | None = None
     """What to call the data set made with --from."""
     workers: int = 8

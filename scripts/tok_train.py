@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from nanochat_jax.cli import progress_bar, run_script
 from nanochat_jax.config import parse
+from nanochat_jax.data.reader import read_documents
 from nanochat_jax.data.shards import DocumentBlocks, list_shards
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 
@@ -41,7 +42,8 @@ def main() -> None:
     start = time.perf_counter()
     with progress_bar("counting chunks, then merging pairs") as show:
         tokenizer = Tokenizer.train(
-            parquet=shards.train,
+            (text for path in shards.train for text in read_documents(path) if text),
+            files=[path.name for path in shards.train],
             vocab_size=config.vocab_size,
             doc_cap=config.doc_cap,
             max_chars=config.max_chars,

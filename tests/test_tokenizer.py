@@ -179,12 +179,6 @@ def test_a_vocabulary_without_room_for_bytes_and_specials():
     assert Tokenizer.train(["text"], vocab_size=265).vocab_size == 265
 
 
-@pytest.mark.parametrize("sources", [{}, {"texts": ["a"], "parquet": ["a.parquet"]}])
-def test_exactly_one_source(sources):
-    with pytest.raises(ValueError, match="either on texts or on Parquet files"):
-        Tokenizer.train(vocab_size=300, **sources)
-
-
 def test_one_string_is_not_a_corpus():
     with pytest.raises(ValueError, match="it is one string"):
         Tokenizer.train("once upon a time", vocab_size=300)

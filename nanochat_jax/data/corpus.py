@@ -6,11 +6,10 @@ gets its name only when it is complete.
 """
 
 import hashlib
-import json
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import batched, islice
 from pathlib import Path
@@ -22,18 +21,15 @@ from filelock import FileLock
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.data.prose import MIN_CHARS, find_prose
-from nanochat_jax.data.shards import (
-    BLOCK_DOCS,
-    HUB_DATASETS,
-    LOCAL,
-    read_shard,
-    shard_name,
-)
+from nanochat_jax.data.reader import SUFFIXES, Survey, read_documents, survey
+from nanochat_jax.data.shards import BLOCK_DOCS, HUB_DATASETS, LOCAL, shard_name
 
 VAL_SHARE = 0.05
 MAX_VAL_DOCS = 8192
 SHARD_DOCS = 64 * BLOCK_DOCS
-DOCUMENT_CHARS = 4000  # longer text files are cut, since packing would crop most of them
+LOCAL_CHARS = 4000  # of a document of `local`, at most
+SHARES, MIN_CUT, MAX_CUT = 200, 4000, 100_000  # text files are cut no finer; in characters
+GROUP_CHARS = 2**23  # of a row group, about
 BUCKETS = 64  # parts of a corpus, sorted in memory one at a time
 SCHEMA = pa.schema([("text", pa.string())])
 
@@ -45,23 +41,42 @@ def make_local_dataset() -> Path:
 
 def _local_documents() -> Iterator[str]:
     for text in find_prose():
-        yield from (piece for piece in split_long(text) if len(piece) >= MIN_CHARS)
+        yield from (piece for piece in split_long(text, LOCAL_CHARS) if len(piece) >= MIN_CHARS)
 
 
-def convert_folder(source: Path, name: str) -> Path:
-    """Makes the data set `name` from the .parquet, .jsonl, .txt and .md files below `source`."""
+def convert_folder(source: Path, name: str, listed: Callable[[str], None] = print) -> Path:
+    """Makes the data set `name` of the files with text below `source`, which are `listed` first.
+
+    Where they are named after splits, those for validation become the validation shard.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or name in {*HUB_DATASETS, LOCAL}:
         raise ValueError(
             f"{name!r} cannot name a data set of yours: use letters, digits, '_', '-' and '.', "
             f"and none of {', '.join([*HUB_DATASETS, LOCAL])}"
         )
-    return make_dataset(name, lambda: read_documents(source))
+    found = taken_files(source)
+    for line in (f"{source}:", *found.lines()):
+        listed(line)
+    skipped: list[Path] = []
+    folder = make_dataset(
+        name,
+        lambda: read_texts(found, found.train, skipped),
+        lambda: read_texts(found, found.val, skipped),
+    )
+    if skipped:
+        listed(f"  {len(skipped):,} documents without text skipped, the first in {skipped[0]}")
+    return folder
 
 
-def make_dataset(name: str, find_documents: Callable[[], Iterable[str]]) -> Path:
+def make_dataset(
+    name: str,
+    find_documents: Callable[[], Iterable[str]],
+    find_validation: Callable[[], Iterable[str]] = tuple,
+) -> Path:
     """Writes base_data/<name>/shard_*.parquet unless it is there; returns the folder.
 
-    Waits for another process that makes the same data set; what a killed one left is deleted.
+    Without documents for validation a twentieth of the others serves. Waits for another process
+    that makes the same data set; what a killed one left is deleted.
     """
     folder = base_dir() / "base_data" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +86,7 @@ def make_dataset(name: str, find_documents: Callable[[], Iterable[str]]) -> Path
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             try:
-                write_shards(find_documents(), unfinished)
+                write_shards(find_documents(), unfinished, find_validation())
                 unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,64 +96,36 @@ def make_dataset(name: str, find_documents: Callable[[], Iterable[str]]) -> Path
 # ---- your own text ---------------------------------------------------------------------------
 
 
-def read_documents(source: Path) -> Iterator[str]:
-    """The documents below a folder, by file name.
-
-    .parquet: the column `text`; .jsonl: the key `text` of each line; .txt and .md: the file, cut at
-    blank lines where it is longer than 4000 characters. Hidden and other files are skipped.
-    Raises ValueError naming the file, and the line in a .jsonl, that cannot be used.
-    """
-    readers: dict[str, Callable[[Path], Iterable[str]]] = {
-        ".parquet": read_shard,
-        ".jsonl": _read_jsonl,
-        ".txt": _read_text,
-        ".md": _read_text,
-    }
+def taken_files(source: Path) -> Survey:
+    """The files below a folder that a data set is made of; ValueError where there are none."""
+    kinds = ", ".join(SUFFIXES)
     if not source.is_dir():
-        raise ValueError(f"{source} is not a folder; name one with {', '.join(readers)} files")
-    below = sorted(path for path in source.rglob("*") if path.is_file())
-    usable = [
-        path
-        for path in below
-        if path.suffix.lower() in readers
-        and not any(part.startswith(".") for part in path.relative_to(source).parts)
-    ]
-    if not usable:
-        raise ValueError(f"there are no {', '.join(readers)} files in {source}")
-    for path in usable:
-        for text in readers[path.suffix.lower()](path):
-            if text.strip():
-                yield text
+        raise ValueError(f"{source} is not a folder; name one with {kinds} files")
+    found = survey(source)
+    if not found.train:
+        passed = "".join(f"; {path.name}: {why}" for path, why in found.passed_over[:3])
+        raise ValueError(f"there are no {kinds} files to train on in {source}{passed}")
+    return found
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _text_of_line(line, f"{path}, line {number}")
+def read_texts(found: Survey, paths: Sequence[Path], skipped: list[Path]) -> Iterator[str]:
+    """The documents of these files; `skipped` gets the file of each that has no text.
+
+    A text file of more than a 200th of all the text is cut at blank lines: the part for validation
+    consists of whole documents, and one file alone has to give both.
+    """
+    whole = sum(path.stat().st_size for path in (*found.train, *found.val))
+    limit = min(max(whole // SHARES, MIN_CUT), MAX_CUT)
+    for path in paths:
+        is_plain = not {".txt", ".md"}.isdisjoint(suffix.lower() for suffix in path.suffixes)
+        for text in read_documents(path):
+            if not text.strip():
+                skipped.append(path)
+            pieces = split_long(text, limit) if is_plain else [text]
+            yield from (piece for piece in pieces if piece.strip())
 
 
-def _text_of_line(line: bytes, where: str) -> str:
-    try:
-        text = json.loads(line.decode("utf-8-sig"))["text"]
-        text.encode("utf-8")  # JSON can spell surrogates, text files cannot hold them
-    except UnicodeError as error:
-        raise ValueError(f"{where}: not valid Unicode ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: not a JSON object ({error})") from None
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f'{where}: expected an object with a string under "text"') from None
-    return text
-
-
-def _read_text(path: Path) -> list[str]:
-    try:
-        return split_long(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8 (byte {error.start}); convert it") from None
-
-
-def split_long(text: str, limit: int = DOCUMENT_CHARS) -> list[str]:
+def split_long(text: str, limit: int) -> list[str]:
     """Cuts a text into pieces of at most `limit` characters, at a blank line where there is one.
 
     Otherwise at the end of a line, at a space, or as a last resort anywhere. White space at a cut
@@ -160,32 +147,55 @@ def split_long(text: str, limit: int = DOCUMENT_CHARS) -> list[str]:
 # ---- writing ---------------------------------------------------------------------------------
 
 
-def write_shards(documents: Iterable[str], folder: Path) -> None:
+def write_shards(documents: Iterable[str], folder: Path, validation: Iterable[str] = ()) -> None:
     """Shuffles, deduplicates and writes documents as shards, the last one for validation.
 
     Only a 64th of the text is in memory at a time. Raises ValueError for fewer than two documents.
     """
-    buckets = folder / "buckets"
+    buckets, val_buckets = folder / "buckets", folder / "validation"
     buckets.mkdir()
-    count = _fill_buckets(documents, buckets)
-    if count < 2:
+    val_buckets.mkdir()
+    count, val_count = _fill_buckets(documents, buckets), _fill_buckets(validation, val_buckets)
+    if count + val_count < 2 or not count:
         raise ValueError(
             "a data set needs at least two different documents, one of them for validation, "
             f"but there {'is only one' if count else 'are none'}"
         )
     shuffled = _by_hash(buckets)
     train_docs = count - min(max(round(count * VAL_SHARE), 1), MAX_VAL_DOCS)
-    halves = (islice(shuffled, train_docs), shuffled)
+    halves: tuple[Iterator[str], Iterator[str]] = (islice(shuffled, train_docs), shuffled)
+    if val_count:
+        halves = shuffled, islice(_by_hash(val_buckets), MAX_VAL_DOCS)
     for index, texts in enumerate(part for half in halves for part in batched(half, SHARD_DOCS)):
         write_shard(folder / shard_name(index), texts)
     shutil.rmtree(buckets)
+    shutil.rmtree(val_buckets)
 
 
 def write_shard(path: Path, texts: Iterable[str]) -> None:
-    """One Parquet file of the published layout: row groups of 1024 documents, zstd."""
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd", compression_level=3) as writer:
-        for group in batched(texts, BLOCK_DOCS):
+    """One Parquet file of the published layout: row groups of 1024 documents, zstd.
+
+    Groups of long documents have fewer, since one is in memory at a time. A flipped bit is noticed
+    when its page is read.
+    """
+    with pq.ParquetWriter(
+        path, SCHEMA, compression="zstd", compression_level=3, write_page_checksum=True
+    ) as writer:
+        for group in _groups(texts):
             writer.write_table(pa.table({"text": group}, schema=SCHEMA))
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    chars = 0
+    for text in texts:
+        group.append(text)
+        chars += len(text)
+        if len(group) == BLOCK_DOCS or chars >= GROUP_CHARS:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
 
 
 def _fill_buckets(documents: Iterable[str], folder: Path) -> int:

@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from nanochat_jax.data.shards import HUB_DATASETS, dataset_folder, read_footer, shard_name
+from nanochat_jax.data.reader import read_footer
+from nanochat_jax.data.shards import HUB_DATASETS, dataset_folder, shard_name
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # in a notebook tqdm misses a widget that nothing here uses

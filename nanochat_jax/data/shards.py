@@ -1,21 +1,22 @@
-"""Which Parquet shards belong to a data set, and reading documents out of them.
+"""Which Parquet shards belong to a data set, and reading their documents in blocks.
 
 A data set is a folder of files shard_00000.parquet … with a column `text`, a document per row. The
 last file is the validation shard, the others are for training. `scripts/download.py` downloads or
-makes such folders; any other such folder can be named by its path.
+makes such folders; any other folder of Parquet files can be named by its path. Where its files are
+named after splits (train-00000-of-00002.parquet, validation/…) these say what is for what.
 """
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nanochat_jax.config import named_folder
+from nanochat_jax.data.reader import PARQUET, Survey, read_footer, read_row_group, survey, texts_of
 
 BLOCK_DOCS = 1024  # documents in a row group of the published shards; at most so many in a block
 
@@ -58,23 +59,49 @@ def list_shards(dataset: str | Path) -> Shards:
     Raises ValueError, saying what to do, when the folder or the validation shard is missing or
     there are fewer than two shards.
     """
+    found = survey_shards(dataset)
+    return Shards(found.train, found.val)
+
+
+def survey_shards(dataset: str | Path) -> Survey:
+    """The part that each Parquet file of a data set plays; ValueErrors as of `list_shards`."""
     folder = dataset_folder(dataset)
     hint = _how_to_get(str(dataset))
     if not folder.is_dir():
         raise ValueError(f"there is no data set at {folder}; {hint}")
-    files = sorted(path for path in folder.glob("[!.]*.parquet") if path.is_file())
-    if not files:
-        raise ValueError(f"{folder} holds no .parquet shards; {hint}")
+    found = survey(folder, PARQUET)
     if dataset in HUB_DATASETS:
-        pinned = shard_name(HUB_DATASETS[str(dataset)].last_shard)
-        if files[-1].name != pinned:
-            raise ValueError(f"the validation shard {folder / pinned} is missing; {hint}")
-    if len(files) < 2:
+        pinned = folder / shard_name(HUB_DATASETS[str(dataset)].last_shard)
+        if found.train[-1:] != [pinned]:
+            raise ValueError(f"the validation shard {pinned} is missing; {hint}")
+    else:
+        found = _without_empty(found)
+    if not found.train:
+        others = ", ".join(sorted({why for path, why in found.passed_over if _is_parquet(path)}))
+        only = f" to train on ({others} passed over)" if others or found.val else ""
+        raise ValueError(f"{folder} holds no .parquet shards{only}; {hint}")
+    if not found.val and len(found.train) > 1:
+        found = found._replace(train=found.train[:-1], val=found.train[-1:])
+    if not found.val:
         raise ValueError(
-            f"{folder} holds only one shard, {files[0].name}, but the last one is for "
+            f"{folder} holds only one shard, {found.train[0].name}, but the last one is for "
             f"validation and at least one more is needed for training; {hint}"
         )
-    return Shards(train=files[:-1], val=files[-1:])
+    return found
+
+
+def _without_empty(found: Survey) -> Survey:
+    """Files without documents, as Spark writes them, are none."""
+    empty = [path for path in (*found.train, *found.val) if not read_footer(path).num_rows]
+    return found._replace(
+        train=[path for path in found.train if path not in empty],
+        val=[path for path in found.val if path not in empty],
+        passed_over=[*found.passed_over, *((path, "no documents") for path in empty)],
+    )
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() in PARQUET
 
 
 def _how_to_get(dataset: str) -> str:
@@ -106,13 +133,14 @@ class DocumentBlocks:
     A row group of up to 1024 documents, as in the published shards, is one block. Larger ones are
     cut, and all are cut further until there are `min_blocks`, so that so many streams can read
     different text whatever the row groups of the files. Raises ValueError naming the file that is
-    unreadable, empty or without a text column.
+    unreadable, without a text column, or not the one any more that it was at first.
     """
 
     def __init__(self, paths: Sequence[Path], min_blocks: int = 1) -> None:
         with ThreadPoolExecutor(8) as pool:
             footers = list(pool.map(read_footer, paths))
         self._footers = dict(zip(paths, footers, strict=True))
+        self._versions = {path: _version(path) for path in paths}
         counts = [
             [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
             for footer in footers
@@ -130,71 +158,41 @@ class DocumentBlocks:
     def __getitem__(self, index: int) -> list[str]:
         """The documents of a block, in order."""
         block = self.blocks[index]
-        return _texts(self._row_group(block).slice(block.start, block.docs))
+        return texts_of(self._row_group(block).slice(block.start, block.docs))
 
     def pick(self, index: int, positions: Sequence[int]) -> list[str]:
         """Some documents of a block, by their positions in it."""
         block = self.blocks[index]
-        return _texts(self._row_group(block).take([block.start + at for at in positions]))
+        return texts_of(self._row_group(block).take([block.start + at for at in positions]))
 
     def _row_group(self, block: TextBlock) -> pa.ChunkedArray:
         key = (block.path, block.row_group)
         footer = self._footers[block.path]
         if footer.row_group(block.row_group).num_rows <= BLOCK_DOCS:
-            return _read_row_group(*key, footer)
+            return self._read(*key)
         with self._lock:  # a large row group is decoded once for all of its blocks
             if key not in self._recent:
                 while len(self._recent) >= 2:
                     self._recent.pop(next(iter(self._recent)))
-                self._recent[key] = _read_row_group(*key, footer)
+                self._recent[key] = self._read(*key)
             return self._recent[key]
 
+    def _read(self, path: Path, row_group: int) -> pa.ChunkedArray:
+        if _version(path) != self._versions[path]:
+            raise ValueError(
+                f"{path} has changed or gone while it was in use; put the file back that the "
+                "run began with, then --resume"
+            )
+        return read_row_group(path, row_group, self._footers[path])
 
-def read_footer(path: Path) -> pq.FileMetaData:
-    """A shard's footer; ValueError when it cannot be read, is empty or has no `text` of strings."""
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Size and time of the last change; None for a file that is gone."""
     try:
-        with pq.ParquetFile(path) as file:
-            schema, footer = file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from None
-    if "text" not in schema.names:
-        columns = ", ".join(schema.names) or "none"
-        raise ValueError(
-            f"{path} has no column `text` (its columns: {columns}); rename the one to use"
-        )
-    kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"the column `text` of {path} holds {kind}, not strings")
-    if footer.num_rows == 0:
-        raise ValueError(f"{path} holds no documents; delete it")
-    return footer
-
-
-def read_shard(path: Path) -> Iterator[str]:
-    """The documents of one file, in order; ValueError naming the file if it is damaged."""
-    footer = read_footer(path)
-    for row_group in range(footer.num_row_groups):
-        yield from _texts(_read_row_group(path, row_group, footer))
-
-
-def _read_row_group(path: Path, row_group: int, footer: pq.FileMetaData) -> pa.ChunkedArray:
-    try:
-        with pq.ParquetFile(path, metadata=footer) as file:
-            return file.read_row_group(row_group, columns=["text"], use_threads=False).column(0)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error, f" at row group {row_group}") from None
-
-
-def _unreadable(path: Path, error: Exception, where: str = "") -> ValueError:
-    detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ValueError(
-        f"{path} cannot be read as Parquet{where} ({detail}); if it was cut off, delete it and "
-        "fetch or make it again with scripts/download.py"
-    )
-
-
-def _texts(column: pa.ChunkedArray) -> list[str]:
-    return [text or "" for text in column.to_pylist()]  # a null is a document without text
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _cut(paths: Sequence[Path], counts: Sequence[list[int]], min_blocks: int) -> list[TextBlock]:
@@ -206,7 +204,7 @@ def _cut(paths: Sequence[Path], counts: Sequence[list[int]], min_blocks: int) ->
             for row_group, rows in enumerate(sizes)
             for start in range(0, rows, size)
         ]
-        if len(blocks) >= min_blocks:
+        if len(blocks) >= max(min_blocks, 1):
             return blocks
         if size == 1:
             raise ValueError(

@@ -20,7 +20,8 @@ import numpy as np
 
 from nanochat_jax.data.loader import Layout, PackedRowsDataset, RowLoader
 from nanochat_jax.data.packing import PACKERS, BestFitPacker, Document, LongDocuments, Packer
-from nanochat_jax.data.shards import DocumentBlocks, Shards, read_footer
+from nanochat_jax.data.reader import read_footer
+from nanochat_jax.data.shards import DocumentBlocks, Shards
 
 BUFFER_DOCS = 1000
 REFILL_DOCS = 128  # documents that enter a cropping packer's buffer together, as in the original

@@ -18,7 +18,13 @@ from rich.table import Table
 from nanochat_jax import scaling
 from nanochat_jax.data.loader import choose_streams
 from nanochat_jax.data.packing import LongDocuments
-from nanochat_jax.data.shards import HUB_DATASETS, Shards, dataset_folder, list_shards
+from nanochat_jax.data.shards import (
+    HUB_DATASETS,
+    Shards,
+    dataset_folder,
+    list_shards,
+    survey_shards,
+)
 from nanochat_jax.data.text import TextLoader, cropped_share, train_loader
 from nanochat_jax.distributed import say
 from nanochat_jax.gpt import make_model
@@ -225,6 +231,11 @@ class PretrainStage(Stage):
             table.add_row(*column)
         Console(width=None if sys.stdout.isatty() else 120).print(table)
         self.say_devices(f", {len(self.shards.train)} training shards, {self.streams} streams")
+        say(
+            "\n".join(
+                [f"text of {self.config.dataset}:", *survey_shards(self.config.dataset).lines()]
+            )
+        )
         self.say_cropped()
 
     def say_cropped(self) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.data.prose import clean, texts_of
-from nanochat_jax.data.shards import LOCAL, list_shards, read_shard
+from nanochat_jax.data.reader import read_documents
+from nanochat_jax.data.shards import LOCAL, list_shards
 
 MAX_CHARS = 4_000_000  # of text that is searched
 MAX_WORDS, MIN_WORDS = 4096, 500
@@ -90,4 +91,4 @@ def _documents(base: Path) -> Iterator[str]:
         yield from map(clean, texts_of(topics))
         return
     for path in list_shards(base / "base_data" / LOCAL).train:
-        yield from read_shard(path)
+        yield from read_documents(path)

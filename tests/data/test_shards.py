@@ -16,6 +16,7 @@ from nanochat_jax.data.shards import (
     DocumentBlocks,
     list_shards,
     shard_name,
+    survey_shards,
 )
 
 
@@ -84,9 +85,10 @@ def damaged_files(folder: Path) -> dict[str, Path]:
     (folder / "zero.parquet").touch()
     (folder / "truncated.parquet").write_bytes(whole.read_bytes()[:-20])
     (folder / "text_file.parquet").write_text("this is no Parquet file at all")
-    pq.write_table(pa.table({"content": ["a"], "id": [1]}), folder / "other_column.parquet")
+    pq.write_table(pa.table({"a": ["a"], "b": ["b"], "id": [1]}), folder / "two.parquet")
+    pq.write_table(pa.table({"id": [1]}), folder / "no_text.parquet")
+    pq.write_table(pa.table({"text": [["a", "b"]]}), folder / "lists.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
-    write_shard(folder / "no_rows.parquet", [])
     return {path.stem: path for path in folder.iterdir() if path != whole}
 
 
@@ -96,9 +98,10 @@ def damaged_files(folder: Path) -> dict[str, Path]:
         ("zero", "cannot be read as Parquet"),
         ("truncated", "cannot be read as Parquet"),
         ("text_file", "cannot be read as Parquet"),
-        ("other_column", "no column `text`.*content, id"),
+        ("two", r"no column `text` \(its columns: a, b, id\)"),
+        ("no_text", "no column `text`"),
+        ("lists", "holds list<.*>, not strings"),
         ("numbers", "holds int64, not strings"),
-        ("no_rows", "holds no documents"),
     ],
 )
 def test_an_unusable_file_is_named(tmp_path, kind, message):
@@ -107,6 +110,85 @@ def test_an_unusable_file_is_named(tmp_path, kind, message):
         DocumentBlocks([tmp_path / "whole.parquet", path])
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# ---- the parts of a folder -------------------------------------------------------------------
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def test_names_of_splits_say_what_is_for_what(tmp_path):
+    for name in (
+        "test-00000-of-00001",
+        "train-00000-of-00002",
+        "train-00001-of-00002",
+        "validation-0",
+    ):
+        write_shard(tmp_path / f"{name}.parquet", [[name]])
+    shards = list_shards(tmp_path)
+    assert names(shards.train) == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert names(shards.val) == ["validation-0.parquet"]
+    (tmp_path / "validation-0.parquet").unlink()
+    assert names(list_shards(tmp_path).val) == ["train-00001-of-00002.parquet"]
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="only one shard, train-00000"):  # never on the test split
+        list_shards(tmp_path)
+    (tmp_path / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(
+        ValueError, match=r"no \.parquet shards to train on \(test split passed over"
+    ):
+        list_shards(tmp_path)
+
+
+def test_splits_can_be_folders_and_words_that_begin_alike_are_none(tmp_path):
+    for name in (
+        "train/a",
+        "train/b",
+        "dev/a",
+        "test/a",
+        "training_notes",
+        "testimony",
+        "valuable",
+    ):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        write_shard(path, [[name]])
+    found = survey_shards(tmp_path)
+    assert names(found.train) == [
+        *("testimony.parquet", "a.parquet", "b.parquet"),
+        *("training_notes.parquet", "valuable.parquet"),
+    ]
+    assert found.val == [tmp_path / "dev" / "a.parquet"]
+    assert found.passed_over == [(tmp_path / "test" / "a.parquet", "test split")]
+    listed = "\n".join(found.lines())
+    assert "validation: dev/a.parquet" in listed
+    assert "passed over (test split): test/a.parquet" in listed
+
+
+def test_what_spark_leaves_is_passed_over(tmp_path):
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / ".part-00000.parquet.crc").write_bytes(b"crc")
+    for index, texts in enumerate([["a"], ["b"], []]):
+        pq.write_table(
+            pa.table({"text": pa.array(texts, pa.string())}), tmp_path / f"part-{index}.parquet"
+        )
+    found = survey_shards(tmp_path)
+    assert names(found.train + found.val) == ["part-0.parquet", "part-1.parquet"]
+    assert (tmp_path / "part-2.parquet", "no documents") in found.passed_over
+
+
+def test_a_shard_that_changes_in_use_is_named(make_shards):
+    shards = make_shards([[["one"], ["two"]], [["three"]]])
+    blocks = DocumentBlocks(shards.train)
+    assert blocks[0] == ["one"]
+    write_shard(shards.train[0], [["eins"], ["zwei"]])
+    with pytest.raises(ValueError, match=f"{shards.train[0].name} has changed or gone"):
+        blocks[1]
+    shards.train[0].unlink()
+    with pytest.raises(ValueError, match=f"{shards.train[0].name} has changed or gone"):
+        blocks[1]
 
 
 # ---- blocks ----------------------------------------------------------------------------------
