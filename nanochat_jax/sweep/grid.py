@@ -21,7 +21,7 @@ from nanochat_jax.report.chain import StageRecord, read_stage
 from nanochat_jax.runs import METRICS_FILE
 from nanochat_jax.scaling import Plan
 from nanochat_jax.stages.loop import StopRequest
-from nanochat_jax.stages.pretraining import decide
+from nanochat_jax.stages.pretraining import decide, long_documents_of, usual_long_documents
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.tokenizer import Tokenizer, tokenizer_folder
 
@@ -138,10 +138,13 @@ def read_run(run: Run) -> StageRecord | None:
     if not (run.folder / METRICS_FILE).is_file():
         return None
     stage = read_stage(run.folder)
-    then = stage.meta.get("config", {})
+    then, now, dataset = stage.meta.get("config", {}), asdict(run.config), run.config.dataset
+    if then:  # a run from before this was a setting cropped
+        then = then | {"long_documents": long_documents_of(stage.meta, dataset)}
+        now["long_documents"] = now["long_documents"] or usual_long_documents(dataset)
     changed = [
         f"{name} was {then[name]}, now {value}"
-        for name, value in asdict(run.config).items()
+        for name, value in now.items()
         if name in then and name not in FREE and then[name] != value
         if not (name in DECIDED_BY_THE_RUN and value == DECIDED_BY_THE_RUN[name])
     ]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from script_runs import ROOT, Script, finish, n_train_records, wait_for
 
 from nanochat_jax.config import parse
+from nanochat_jax.runs import seal
 from nanochat_jax.stages.settings import PretrainConfig
 from nanochat_jax.sweep.fits import (
     Budget,
@@ -369,6 +370,14 @@ def test_an_isoflop_sweep_is_stopped_resumed_and_not_repeated(sweep, monkeypatch
     assert is_finished(read_run(Run("same", {}, replace(config, dtype="auto", keep_last=9))))
     with pytest.raises(ValueError, match=r"matrix_lr was None, now 0.01"):
         read_run(Run("other", {}, replace(config, matrix_lr=0.01)))
+    assert is_finished(read_run(Run("same", {}, replace(config, long_documents=None))))
+    # One from before documents could continue is not one of a sweep in which they do.
+    for meta in second.glob("checkpoints/*/meta/metadata"):
+        meta.write_text(meta.read_text().replace('"long_documents": "continue", ', ""))
+        seal(meta.parents[1])
+    with pytest.raises(ValueError, match="long_documents was crop, now continue"):
+        read_run(Run("older", {}, config))
+    assert is_finished(read_run(Run("older", {}, replace(config, long_documents="crop"))))
 
 
 def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(sweep, monkeypatch, capsys):
