@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.evals.scoring_batches import Span, common_length
-from nanochat_jax.tasks.sources import CORE_BUNDLE, task_data_dir
+from nanochat_jax.tasks.sources import CORE_BUNDLE, task_data_dir, verified
 from nanochat_jax.tokenizer import SPLIT_PATTERN, Tokenizer
 
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
@@ -86,7 +86,10 @@ def find_bundle(path: str | None) -> Path | None:
     if path is None:
         names = ("eval_bundle", CORE_BUNDLE.name)
         usual = (folder / name for folder in (base_dir(), task_data_dir()) for name in names)
-        return next((candidate for candidate in usual if candidate.exists()), None)
+        found = next((candidate for candidate in usual if candidate.exists()), None)
+        if found == CORE_BUNDLE.path:
+            verified(CORE_BUNDLE)
+        return found
     named = Path(path).expanduser()
     if not named.exists():
         raise ValueError(f"there is no CORE bundle at {named}; {how_to_get()}")

@@ -1,6 +1,7 @@
 """What a report says: sections of a few kinds of blocks, which page.py turns into a page."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from nanochat_jax.report.chain import (
 )
 from nanochat_jax.report.plots import Chain, Plot, plots
 from nanochat_jax.runs import CONFIG_FILE
+
+log = logging.getLogger(__name__)
 
 TRANSCRIPTS = "transcripts.jsonl"
 SHOWN_SAMPLES = 4
@@ -242,10 +245,16 @@ def _samples(chain: Chain) -> list[Block]:
 
 def _transcripts(folder: Path) -> list[dict[str, Any]]:
     """The last answers of reinforcement learning, the best first."""
+    path = folder / TRANSCRIPTS
+    if not path.is_file():
+        return []
+    # A run that was killed may have left its last line unfinished.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     try:
-        lines = (folder / TRANSCRIPTS).read_text(encoding="utf-8").splitlines()[-SHOWN_SAMPLES:]
-        return [line for line in map(json.loads, lines) if {"prompt", "completion"} <= line.keys()]
-    except (OSError, ValueError):
+        read = [json.loads(line) for line in lines[-SHOWN_SAMPLES:]]
+        return [line for line in read if {"prompt", "completion"} <= line.keys()]
+    except (ValueError, AttributeError):
+        log.warning("%s is damaged: its last answers cannot be shown", path)
         return []
 
 

@@ -35,6 +35,7 @@ from nanochat_jax.tasks.sources import (
     fetch,
     lacking,
     task_data_dir,
+    verified,
 )
 from nanochat_jax.tasks.spelling import (
     SimpleSpelling,
@@ -112,8 +113,10 @@ def make_task(
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} leaves nothing of {name}")
     source = source_of(name, split)
+    files: list[Path] = []
     if source is not None:
         prepare([(name, split)])
+        files = verified(source)
     if name in MADE_HERE:
         return MADE_HERE[name](split, limit)
     if name in OF_WORDS:
@@ -123,9 +126,9 @@ def make_task(
     elif source is IDENTITY:
         task = CustomJSON(IDENTITY.path, name)
     elif name == "humaneval":
-        task = HumanEval(source.files(), allow_unsandboxed=allow_unsandboxed)
+        task = HumanEval(files, allow_unsandboxed=allow_unsandboxed)
     else:
-        task = FROM_HUB[name](source.files())
+        task = FROM_HUB[name](files)
     return task if limit is None else Slice(task, stop=limit)
 
 

@@ -7,8 +7,10 @@ files are at the top.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from nanochat_jax.config import base_dir, write_atomically
 from nanochat_jax.data.download import Download, HubFile, endpoint, sha256_of
 
 MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
 
 
 class HubSplit(NamedTuple):
@@ -182,6 +186,28 @@ def check(sources: Iterable[Source]) -> tuple[list[str], list[str]]:
             elif why := _why_altered(path, manifest[name]):
                 wrong.append(f"{name} {why}")
     return wrong, unknown
+
+
+def verified(source: Source) -> list[Path]:
+    """The files of a source, those in the manifest compared with it, once a process.
+
+    ValueError names a file that has changed since it was downloaded.
+    """
+    files = source.files()
+    for path in files:
+        stat = path.stat()
+        _verify(path, stat.st_size, stat.st_mtime_ns)
+    return files
+
+
+@cache
+def _verify(path: Path, *state: int) -> None:
+    """`state` is what changes with the file; an error is not kept."""
+    entry = read_manifest().get(path.relative_to(task_data_dir()).as_posix())
+    if entry is None:
+        log.warning("%s is not verified: %s does not have it", path, MANIFEST)
+    elif why := _why_altered(path, entry):
+        raise ValueError(f"{path} {why}; delete it and run scripts/prefetch.py")
 
 
 def _why_altered(path: Path, entry: dict[str, Any]) -> str | None:

@@ -142,7 +142,10 @@ def sample_spelling(rng: random.Random) -> Example:
 @cache
 def read_words(path: Path) -> list[str]:
     """A list of words, one a line."""
-    words = path.read_text(encoding="utf-8").split()
+    try:
+        words = path.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError:
+        words = []
     if not words:
-        raise ValueError(f"{path} has no words; delete it and run scripts/prefetch.py")
+        raise ValueError(f"{path} is no list of words; delete it and run scripts/prefetch.py")
     return words

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.tasks.sources import HUB_TASKS
+from nanochat_jax.tasks.sources import HUB_TASKS, _add_to_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,7 @@ def put_rows(task_data: Path) -> Callable[..., list[Path]]:
         for name, rows in zip(names, files, strict=True):
             pq.write_table(pa.Table.from_pylist(list(rows)), source.folder / name)
         (source.folder / "manifest.json").write_text(json.dumps(names))
+        _add_to_manifest({f"{source}/{name}": "made by a test" for name in names})
         return source.files()
 
     return put

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.tasks.chats import SmolTalk
+from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.mixture import Mixture, Slice
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tasks.sources import HUB_TASKS
@@ -115,6 +116,8 @@ def test_files_that_are_not_what_they_should_be(put_rows):
     with pytest.raises(
         ValueError, match=r"00000.parquet cannot be read as Parquet .*fetch it again"
     ):
+        GSM8K([path])
+    with pytest.raises(ValueError, match=r"00000.parquet has 50 bytes instead of"):
         make_task("gsm8k", "test")
     path.parent.joinpath("manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json is not a list of file names"):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import Hub, Served
 
+from nanochat_jax.evals.core_tasks import find_bundle
 from nanochat_jax.tasks import sources
 from nanochat_jax.tasks.registry import make_task, missing, prepare, source_of
 from nanochat_jax.tasks.sources import check, fetch, lacking, read_manifest
@@ -91,6 +92,41 @@ def test_the_manifest_has_every_file(hub, task_data):
     (task_data / "manifest.json").write_text('{"files": {"x": {}}}')
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
         check(wanted)
+
+
+def test_data_that_changed_since_it_was_downloaded_is_refused(hub, task_data, caplog):
+    make_task(*ARC)
+    path = next(task_data.rglob("ARC-Easy/test/*.parquet"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 16
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^{path} has other content .*; delete it and run"):
+            make_task(*ARC)
+    assert not caplog.messages
+    path.unlink()
+    make_task(*ARC)
+    (task_data / "manifest.json").unlink()
+    os.utime(path, (1, 1))  # what has been compared is not compared again
+    make_task(*ARC)
+    assert caplog.messages == [f"{path} is not verified: manifest.json does not have it"]
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "read"),
+    [
+        (sources.WORD_LIST, b"apple pear plum", lambda: make_task("spelling")),
+        (sources.IDENTITY, b'[{"role": "user"}]', lambda: make_task("identity")),
+        (sources.CORE_BUNDLE, b"PK", lambda: find_bundle(None)),
+    ],
+)
+def test_single_files_are_compared_with_the_manifest_too(task_data, source, content, read):
+    task_data.mkdir()
+    source.path.write_bytes(content)
+    sources._add_to_manifest({source.name: source.url})
+    source.path.write_bytes(content[:-1] + b"?")
+    with pytest.raises(ValueError, match=f"^{source.path} has other content"):
+        read()
 
 
 def test_wrong_bytes_never_stay(hub, task_data):
