@@ -200,7 +200,8 @@ def make_engine(
     model was trained on) is the longest that a row may become, prompt and answer together; `chunk`
     the number of tokens sampled in one call, before the host sees them.
     """
-    config, length = model.config, capacity or model.config.sequence_len
+    config = model.config
+    length = config.sequence_len if capacity is None else capacity
     engine = Engine(
         partial(programs.forward_chunk, config, model.dtype),
         partial(programs.decode_weights, model),

@@ -9,7 +9,10 @@ With apply_chat_template=True a chat model is asked in its chat format. lm_eval 
 when a model is made.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import groupby
 from typing import Any
@@ -59,9 +62,12 @@ class Harness:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._params = jax.device_get(loaded.params)
         self._mesh = make_mesh(n_devices)
-        self._max_length = max_length or loaded.model.config.sequence_len
+        self._max_length = loaded.model.config.sequence_len if max_length is None else max_length
+        if self._max_length < 1:
+            raise ValueError(f"max_length must be at least 1, not {max_length}")
         self._slots, self._use_tools = slots, use_tools
         self._chats: dict[str, list[int]] = {}
+        self._ignored: set[str] = set()  # options that a warning has named
         params = from_logical(self._params, self._mesh)
         self._scorer = Scorer(self._model, self._mesh, params, tokens_per_device=tokens_per_device)
 
@@ -112,40 +118,48 @@ class Harness:
         return [self._tokenizer.bos_id, *self._tokenizer.encode(text)]
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-        """The continuation of each (context, settings), up to the first of settings["until"]."""
-        pairs = [request.args for request in requests]
-        new = [int(settings.get("max_gen_toks", MAX_GEN_TOKENS)) for _, settings in pairs]
+        """The continuation of each (context, settings); see `generation_options`."""
+        asked = [self._options(*request.args) for request in requests]
         scheduler = make_scheduler(
             self._model,
             self._params,
             self._tokenizer,
-            capacity=self._max_length + max(new, default=0),
+            capacity=self._max_length + max((each.max_new_tokens for _, each in asked), default=0),
             n_slots=self._slots,
             mesh=self._mesh,
-            max_queue=len(pairs),
+            max_queue=len(asked),
         )
+        repeats: Counter[Any] = Counter()
         answers = []
-        for i, ((context, settings), max_new_tokens) in enumerate(zip(pairs, new, strict=True)):
-            is_random = settings.get("do_sample")  # greedy unless the task asks for sampling
-            temperature = float(settings.get("temperature", 1.0 if is_random else 0.0))
+        for i, (prompt, options) in enumerate(asked):
+            # Without a seed each request has its own; with one, each repetition of a request.
+            same = (*prompt, options)
+            seed = i if options.seed is None else options.seed + repeats[same]
+            repeats[same] += 1
             request = Request(
-                self._encode(context)[-self._max_length :],
-                max_new_tokens,
-                SamplingParams(
-                    0.0 if is_random is False else temperature,
-                    int(settings.get("top_k") or 0),
-                    float(settings.get("top_p") or 1.0),
-                    seed=i,
-                ),
+                prompt,
+                options.max_new_tokens,
+                replace(options.sampling, seed=seed),
                 stop_ids=stop_ids(self._tokenizer, chat=True),
                 use_tools=self._use_tools,
             )
-            until = settings.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            answers.append(Answer(scheduler, self._tokenizer, request, until))
+            answers.append(Answer(scheduler, self._tokenizer, request, options.until))
         while scheduler.step():
             pass
         return [answer.text() for answer in answers]
+
+    def _options(
+        self, context: str, settings: Mapping[str, Any]
+    ) -> tuple[list[int], "GenerationOptions"]:
+        prompt = self._encode(context)[-self._max_length :]
+        new = sorted(set(ignored_options(settings)) - self._ignored)
+        if new:
+            self._ignored.update(new)
+            print(
+                f"warning: generation options that this model ignores: {', '.join(new)}",
+                file=sys.stderr,
+            )
+        return prompt, generation_options(settings, len(prompt))
 
     @property
     def tokenizer_name(self) -> str:
@@ -167,6 +181,109 @@ class Harness:
         text = self._tokenizer.decode(ids)
         self._chats[text] = ids
         return text
+
+
+# --- the harness's options ------------------------------------------------------------------------
+
+# Names of the same thing, the first that is given counts; as in the harness's own models.
+MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+STOPS = ("until", "stop", "stop_sequences", "stop_strings")  # together
+NUMBERS = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
+KNOWN = {*MAX_NEW_TOKENS, "max_length", *STOPS, *NUMBERS, "temperature", "do_sample", "seed"}
+# Options of other models, with the values at which they change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "n": (1,),
+    "best_of": (1,),
+    "use_cache": (True, False),
+    "early_stopping": (True, False),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_new_tokens": (0,),
+    "min_length": (0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """A task's generation_kwargs, as the engine takes them."""
+
+    max_new_tokens: int
+    sampling: SamplingParams
+    until: tuple[str, ...]
+    seed: int | None
+
+
+def generation_options(settings: Mapping[str, Any], prompt_tokens: int) -> GenerationOptions:
+    """What a request's settings ask for; None stands for an option that is not given.
+
+    Greedy unless do_sample or a temperature above 0 asks for sampling; do_sample false is greedy
+    whatever the temperature. max_length counts the prompt too, and a top_k below 0 means all
+    tokens. ValueError names an option with a value that cannot be used.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    is_random = _converted(given, "do_sample", _flag, None)
+    temperature = _converted(given, "temperature", float, 1.0 if is_random else 0.0)
+    sampling = {name: _converted(given, name, kind, None) for name, kind in NUMBERS.items()}
+    if sampling["top_k"] is not None:
+        sampling["top_k"] = max(0, sampling["top_k"])
+    return GenerationOptions(
+        _max_new_tokens(given, prompt_tokens),
+        SamplingParams(
+            temperature=0.0 if is_random is False else temperature,
+            **{name: value for name, value in sampling.items() if value is not None},
+        ),
+        tuple(stop for name in STOPS for stop in _texts(name, given.get(name, ())) if stop),
+        _converted(given, "seed", int, None),
+    )
+
+
+def ignored_options(settings: Mapping[str, Any]) -> list[str]:
+    """The names of options that ask for what this model does not do."""
+    return [
+        name
+        for name, value in settings.items()
+        if name not in KNOWN and value is not None and value not in NEUTRAL.get(name, ())
+    ]
+
+
+def _max_new_tokens(given: Mapping[str, Any], prompt_tokens: int) -> int:
+    name = next((name for name in MAX_NEW_TOKENS if name in given), None)
+    if name is None:
+        whole = _converted(given, "max_length", int, None)
+        return MAX_GEN_TOKENS if whole is None else max(0, whole - prompt_tokens)
+    new = _converted(given, name, int, None)
+    if new < 0:
+        raise ValueError(f"the generation option {name} must not be negative, not {new}")
+    return new
+
+
+def _converted(given: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
+    """The option as a number or flag; on a command line and in YAML some are texts."""
+    if name not in given:
+        return default
+    try:
+        return kind(given[name])
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(f"the generation option {name} cannot be {given[name]!r}") from None
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, str):
+        return bool(value)
+    return {"true": True, "1": True, "false": False, "0": False}[value.strip().lower()]
+
+
+def _texts(name: str, value: Any) -> Sequence[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the generation option {name} must be a text or texts, not {value!r}")
+    return texts
 
 
 class Answer:

@@ -9,7 +9,8 @@ import pytest
 from random_params import random_params
 
 from nanochat_jax.checkpoint import LoadedModel
-from nanochat_jax.evals.lm_eval import Harness
+from nanochat_jax.engine.sampling import SamplingParams
+from nanochat_jax.evals.lm_eval import Harness, generation_options
 from nanochat_jax.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 from tests.engine.reference import generate
@@ -122,6 +123,83 @@ def test_generation_is_greedy_and_ends_at_a_stop_string(loaded, harness):
     stop = wanted[0][3:5]
     stopped = harness.generate_until(ask((prompts[0], settings | {"until": stop})))[0]
     assert stopped == wanted[0][: wanted[0].index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, SamplingParams(temperature=0.0)),
+        ({"temperature": 0.7}, SamplingParams(temperature=0.7)),
+        ({"do_sample": True}, SamplingParams(temperature=1.0)),
+        ({"do_sample": "False", "temperature": 0.7}, SamplingParams(temperature=0.0)),
+        ({"do_sample": True, "temperature": 0}, SamplingParams(temperature=0.0)),
+        ({"temperature": "0.5", "top_p": 0}, SamplingParams(temperature=0.5, top_p=0.0)),
+        ({"temperature": 1, "top_p": 1}, SamplingParams(temperature=1.0, top_p=1.0)),
+        ({"temperature": 1, "top_p": None}, SamplingParams(temperature=1.0)),
+        ({"temperature": 1, "top_k": 0}, SamplingParams(temperature=1.0)),
+        ({"temperature": 1, "top_k": -1}, SamplingParams(temperature=1.0)),
+        ({"temperature": 1, "top_k": 3}, SamplingParams(temperature=1.0, top_k=3)),
+        ({"temperature": 1, "min_p": 0.1}, SamplingParams(temperature=1.0, min_p=0.1)),
+        ({"repetition_penalty": 1.2}, SamplingParams(temperature=0.0, repetition_penalty=1.2)),
+    ],
+)
+def test_every_option_of_sampling_is_honoured(settings, wanted):
+    assert generation_options(settings, 10).sampling == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "new_tokens", "until"),
+    [
+        ({}, 256, ()),
+        ({"max_gen_toks": 0, "until": ""}, 0, ()),
+        ({"max_new_tokens": "9", "until": None}, 9, ()),
+        ({"max_tokens": 8.0, "until": []}, 8, ()),
+        ({"max_completion_tokens": 7, "until": "x"}, 7, ("x",)),
+        ({"max_gen_toks": None, "max_tokens": 6, "until": ["x", "", "y"]}, 6, ("x", "y")),
+        ({"max_tokens": 6, "max_gen_toks": 5, "max_length": 11}, 5, ()),
+        ({"max_length": 12, "stop": ["z"], "until": "x"}, 2, ("x", "z")),
+        ({"max_length": 3}, 0, ()),
+    ],
+)
+def test_lengths_and_stop_strings_have_all_their_names(settings, new_tokens, until):
+    found = generation_options(settings, 10)
+    assert (found.max_new_tokens, found.until) == (new_tokens, until)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_gen_toks", -1), ("until", 3), ("until", [3]), ("temperature", "hot"), ("top_p", 1.5),
+     ("do_sample", "maybe")],
+)  # fmt: skip
+def test_an_option_with_a_wrong_value_is_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        generation_options({name: value}, 10)
+
+
+def test_the_answers_follow_the_options(harness):
+    """top_p 0 and top_k 1 are greedy; a seed repeats; no token asked for is an empty answer."""
+    base = {"max_gen_toks": 12, "until": []}
+    random = base | {"do_sample": True, "temperature": 3.0}
+    asked = [
+        base, random | {"top_p": 0}, random | {"top_k": 1}, random | {"top_p": 0.0, "top_k": 0},
+        random | {"seed": 0}, random | {"seed": 5}, base | {"max_gen_toks": 0},
+    ]  # fmt: skip
+    found = harness.generate_until(ask(*(("the bread", settings) for settings in asked)))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert len({found[0], found[4], found[5]}) == 3
+    assert found[6] == ""
+    reordered = [("a house", random), ("the bread", asked[5]), ("the bread", asked[5])]
+    _, same, repeated = harness.generate_until(ask(*reordered))
+    assert same == found[5] != repeated
+
+
+def test_what_is_ignored_is_said_once(harness, capsys):
+    settings = {"max_gen_toks": 2, "num_beams": 4, "guidance": "json", "use_cache": True, "n": 1}
+    for _ in range(2):
+        harness.generate_until(ask(("one", settings), ("two", settings)))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "guidance, num_beams" in said[0]
 
 
 def test_a_chat_is_asked_in_its_own_tokens(loaded, harness):
