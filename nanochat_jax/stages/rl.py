@@ -98,6 +98,8 @@ def make_tasks(config: RlConfig) -> tuple[Task, Task]:
     for task in tasks:
         if task.name.startswith(JSON):
             check_answered(task)
+    for note in dict.fromkeys([*tasks[0].notes, *tasks[1].notes]):
+        say(note)
     return tasks
 
 

@@ -12,6 +12,7 @@ from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.mixture import Mixture, Slice
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tasks.sources import HUB_TASKS
+from nanochat_jax.tokenizer import Tokenizer
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
@@ -85,6 +86,15 @@ def test_unusable_rows_are_left_out_counted_and_named(put_rows, caplog, task, go
     assert f"{task}: {len(bad) + 1} of {2 * len(bad) + 2} rows cannot be used" in message
     for skipped in made.skipped:
         assert f"{skipped.where}: {skipped.why}" in message
+
+
+def test_an_empty_system_message_is_none(put_rows):
+    tokenizer = Tokenizer.train(["hi hello " * 20], vocab_size=270)
+    put_rows("smoltalk", "train", [talk((SYSTEM, " "), (USER, "hi"), (ASSISTANT, "hello"))])
+    task = make_task("smoltalk")
+    assert not task.skipped
+    assert tokenizer.render_conversation(task[0]) == tokenizer.render_conversation(GOOD)
+    assert tokenizer.render_for_completion(task[0]) == tokenizer.render_for_completion(GOOD)
 
 
 def test_rows_in_order_are_silent(put_rows, caplog):
