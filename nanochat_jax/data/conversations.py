@@ -2,7 +2,8 @@
 
     best-fit      whole conversations, the largest that fits first; the rest of a row is padding
     one-per-row   one conversation a row, the rest padding
-    stream        conversations as one endless text, cut into rows; every token is supervised
+    stream        conversations as one endless text, cut into rows; every token is supervised, but
+                  for messages of weight 0
 
 As with text (loader.py), conversations are divided among a fixed number S of logical streams:
 stream s takes the conversations s, s+S, s+2S, … of their endless repetition and fills rows
@@ -106,7 +107,7 @@ class RenderedDataset:
             return EMPTY
         tokens, is_learned = np.asarray(ids, np.int32), np.asarray(mask, bool)
         if self.packing == "stream":
-            return Rendered(tokens, np.ones_like(is_learned))
+            return Rendered(tokens, is_learned)
         return cut_to_row(tokens, is_learned, self.row_len, self._end_id)
 
     def has_usable(self) -> bool:
@@ -146,9 +147,22 @@ def render_tasks(
     tasks: ConversationSource, tokenizer: Tokenizer, packing: Packing, sequence_len: int
 ) -> RenderedDataset:
     """The conversations of tasks in the chat format, for rows of `sequence_len` inputs."""
+
+    def render(conversation: Any) -> tuple[list[int], list[int]]:
+        return tokenizer.render_conversation(conversation, max_tokens=sys.maxsize)
+
+    def render_text(conversation: Any) -> tuple[list[int], list[int]]:
+        """All of it is learned, but for messages of weight 0."""
+        ids, mask = render(conversation)
+        if all(message.get("weight") != 0 for message in conversation["messages"]):
+            return ids, [1] * len(ids)
+        unweighted = [{**message, "weight": 1} for message in conversation["messages"]]
+        _, otherwise = render({"messages": unweighted})
+        return ids, [int(a == b) for a, b in zip(mask, otherwise, strict=True)]
+
     return RenderedDataset(
         tasks,
-        lambda conversation: tokenizer.render_conversation(conversation, max_tokens=sys.maxsize),
+        render_text if packing == "stream" else render,
         tokenizer.special_id("<|assistant_end|>"),
         packing,
         sequence_len + 1,

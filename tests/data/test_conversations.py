@@ -135,7 +135,7 @@ def test_every_conversation_is_used_whole_and_as_often_as_any_other(lengths, buf
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(2, 24))
 def test_a_stream_of_tokens_loses_none_and_learns_all(lengths, row_len):
-    pairs = [([BOS] + [name] * (n - 1), [0] * n) for name, n in enumerate(lengths)]
+    pairs = [([BOS] + [name] * (n - 1), [1] * n) for name, n in enumerate(lengths)]
     text = [i for ids, _ in pairs for i in ids]
     rows = batches(rendering(pairs, "stream", row_len), 12, rows=2)
     inputs = np.concatenate([r.inputs_RT.reshape(-1) for r in rows])
@@ -259,6 +259,17 @@ def test_a_state_from_before_streams_read_the_parts_of_others_continues_its_own(
         del stream["fruitful"]
     with conversation_loader(source, BOS, **layout, state=state) as loader:
         assert_same(whole[5:], list(islice(loader, 7)))
+
+
+def test_a_stream_learns_all_but_messages_of_weight_0():
+    tokenizer = Tokenizer.train(["a few words of text " * 20], vocab_size=270)
+    question, answer = ({"role": r, "content": f"words {r}"} for r in ("user", "assistant"))
+    wrong = {"role": "assistant", "content": "never text", "weight": 0}
+    talks = [[question, answer], [question, wrong, question, answer]]
+    source = render_tasks(Listed([{"messages": t} for t in talks]), tokenizer, "stream", 500)
+    assert source[0].mask.all()
+    unlearned = source[1].ids[~source[1].mask].tolist()
+    assert unlearned == [*tokenizer.encode("never text"), tokenizer.special_id("<|assistant_end|>")]
 
 
 def test_conversations_of_a_tokenizer(caplog):
