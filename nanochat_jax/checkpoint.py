@@ -34,7 +34,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from nanochat_jax.config import sync_folder
-from nanochat_jax.distributed import is_main_process, say, wait_for_all
+from nanochat_jax.distributed import is_main_process, wait_for_all, warn
 from nanochat_jax.gpt import GPT, GPTConfig, Params, make_model, param_shapes
 from nanochat_jax.runs import (
     CHECKPOINTS_FOLDER,
@@ -183,7 +183,7 @@ class Checkpoints:
         if check_seal(self.folder / str(step), new if parts else ()):
             self._checked |= {(step, part) for part in new}
         else:
-            say(
+            warn(
                 f"{self.folder / str(step)} is not verified: it is from before there were checksums"
             )
             self._unsealed.add(step)
@@ -241,7 +241,7 @@ class Checkpoints:
         try:
             self._bpb(step)
         except DamagedError as damage:
-            say(f"WARNING: {damage}; it is put aside")
+            warn(f"WARNING: {damage}; it is put aside")
             return True
         return False
 
@@ -333,7 +333,7 @@ def load_tokenizer(run_folder: Path, meta: dict[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer.load(folder)
     trained_with = meta.get("identity", {}).get("tokenizer")
     if trained_with is None:
-        say(f"{folder} is not verified: the checkpoint does not say which tokenizer it needs")
+        warn(f"{folder} is not verified: the checkpoint does not say which tokenizer it needs")
     elif trained_with != tokenizer_fingerprint(tokenizer):
         size = trained_with.get("vocab_size")
         raise ValueError(

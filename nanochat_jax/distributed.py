@@ -52,6 +52,12 @@ def say(*lines: Any) -> None:
         print(*lines, flush=True)
 
 
+def warn(*lines: Any) -> None:
+    """As `say`, on standard error: standard output may be an answer that goes on to a program."""
+    if is_main_process():
+        print(*lines, file=sys.stderr, flush=True)
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process of a cluster run has called it."""
     import jax

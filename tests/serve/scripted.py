@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.checkpoint import Checkpoints, model_meta
+from nanochat_jax.checkpoint import Checkpoints, model_meta, tokenizer_fingerprint
 from nanochat_jax.gpt import GPTConfig, parameter_table
 from nanochat_jax.runs import TOKENIZER_FOLDER
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -102,5 +102,7 @@ def write_run(folder: Path, stage: str = "sft", chains=SHORT) -> None:
     TOKENIZER.save(folder / TOKENIZER_FOLDER)
     state = TrainState(jnp.int32(7), jax.device_put(parameters(chains)), {"none": jnp.zeros(1)})
     with Checkpoints(folder) as checkpoints:
-        meta = model_meta(CONFIG) | {"stage": stage, "step": 7, "val_bpb": 1.25}
+        identity = {"tokenizer": tokenizer_fingerprint(TOKENIZER)}
+        about = {"stage": stage, "step": 7, "val_bpb": 1.25, "identity": identity}
+        meta = model_meta(CONFIG) | about
         checkpoints.save(state, meta, None)
